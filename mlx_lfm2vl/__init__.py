@@ -1,0 +1,99 @@
+"""LFM2-VL, Liquid AI's small vision-language models, running natively through MLX."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .config import ImageOptions, ImageProcessorConfig, Lfm2VlConfig, Sampling
+    from .errors import (
+        ConfigError,
+        ImageError,
+        Lfm2VlError,
+        ModelNotFoundError,
+        PromptError,
+        WeightsError,
+    )
+    from .generate import GenerationResponse, generate, stream_generate
+    from .image_processor import Lfm2VlImageProcessor
+    from .loading import load
+    from .model import Lfm2VlForConditionalGeneration, Lfm2VlOutput
+    from .processor import Lfm2VlProcessor, Prompt
+
+# name -> module; imported when first used, so that `import mlx_lfm2vl` costs next to nothing
+_EXPORTS = {
+    "ConfigError": "errors",
+    "GenerationResponse": "generate",
+    "ImageError": "errors",
+    "ImageOptions": "config",
+    "ImageProcessorConfig": "config",
+    "Lfm2VlConfig": "config",
+    "Lfm2VlError": "errors",
+    "Lfm2VlForConditionalGeneration": "model",
+    "Lfm2VlImageProcessor": "image_processor",
+    "Lfm2VlOutput": "model",
+    "Lfm2VlProcessor": "processor",
+    "ModelNotFoundError": "errors",
+    "Prompt": "processor",
+    "PromptError": "errors",
+    "Sampling": "config",
+    "WeightsError": "errors",
+    "generate": "generate",
+    "load": "loading",
+    "stream_generate": "generate",
+}
+
+__all__ = [
+    "ConfigError",
+    "GenerationResponse",
+    "ImageError",
+    "ImageOptions",
+    "ImageProcessorConfig",
+    "Lfm2VlConfig",
+    "Lfm2VlError",
+    "Lfm2VlForConditionalGeneration",
+    "Lfm2VlImageProcessor",
+    "Lfm2VlOutput",
+    "Lfm2VlProcessor",
+    "ModelNotFoundError",
+    "Prompt",
+    "PromptError",
+    "Sampling",
+    "WeightsError",
+    "__version__",
+    "generate",
+    "load",
+    "stream_generate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _Package(ModuleType):
+    """`generate` names a function of this package and a module in it; the function wins.
+
+    The import system binds each submodule to its package; here it may not cover an export.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _EXPORTS and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

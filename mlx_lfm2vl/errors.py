@@ -1,0 +1,25 @@
+"""What can go wrong, by kind. Each message is one line: what, which value, what would be right."""
+
+
+class Lfm2VlError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ModelNotFoundError(Lfm2VlError, FileNotFoundError):
+    """A folder, repository or file of a model is not there."""
+
+
+class ConfigError(Lfm2VlError, ValueError):
+    """A configuration file is unreadable, unknown or contradicts itself."""
+
+
+class WeightsError(Lfm2VlError, ValueError):
+    """Weights are missing, unknown, misshapen or damaged."""
+
+
+class ImageError(Lfm2VlError, ValueError):
+    """An image cannot be found, read or processed."""
+
+
+class PromptError(Lfm2VlError, ValueError):
+    """A prompt, a conversation or a generation setting makes no sense."""

@@ -1,0 +1,372 @@
+"""Generation: `generate_step` ⊂ `stream_generate` ⊂ `generate`.
+
+`python -m mlx_lfm2vl.generate` is the command line, see `cli.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .cache import Cache
+from .config import DEFAULT_MAX_TOKENS, ImageOptions
+from .errors import PromptError
+from .image_processor import NO_OPTIONS, ImageInput
+from .language import Lfm2ForCausalLM
+from .model import Lfm2VlForConditionalGeneration
+from .processor import Conversation, Lfm2VlProcessor, Prompt
+from .sampling import LogitsProcessor, Sampler, from_settings
+
+PREFILL_STEP_SIZE = 2048  # positions
+CLEAR_CACHE_EVERY = 256  # tokens
+
+
+@dataclass(frozen=True)
+class GenerationResponse:
+    """One step of an answer; the fields of mlx-lm's, and more.
+
+    Attributes:
+        text: what became certain with this token; may be empty, never half a character.
+        token: the token's id.
+        logprobs: (vocab,) log-probabilities it was chosen from.
+        from_draft: always False, there is no draft model.
+        prompt_tokens: positions of the prompt, images included.
+        prompt_tps: prompt positions per second, vision included.
+        generation_tokens: tokens so far.
+        generation_tps: tokens per second since the first one.
+        peak_memory: GB so far in this process.
+        finish_reason: "stop", "length", or None while it goes on.
+        image_tokens: image tokens of each image.
+        vision_time: seconds in the vision tower, where it was measured.
+        time_to_first_token: seconds from prompt to first token.
+    """
+
+    text: str
+    token: int
+    logprobs: mx.array
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: str | None
+    image_tokens: tuple[int, ...]
+    vision_time: float | None
+    time_to_first_token: float
+
+
+def generate_step(
+    prompt: mx.array | Sequence[int],
+    model: Lfm2VlForConditionalGeneration | Lfm2ForCausalLM,
+    *,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] = (),
+    prompt_cache: list[Cache] | None = None,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
+    input_embeddings: mx.array | None = None,
+) -> Iterator[tuple[int, mx.array]]:
+    """Yields (token, log-probabilities (vocab,)), as mlx-lm's function of this name.
+
+    The next step is under way before a token is read.
+
+    Args:
+        prompt: token ids (tokens,).
+        max_tokens: how many tokens at most.
+        sampler: log-probabilities (batch, vocab) -> tokens (batch,); greedy by default.
+        logits_processors: see `sampling`.
+        prompt_cache: a cache to go on from, filled in place.
+        prefill_step_size: positions of the prompt that go through the model at once.
+        input_embeddings: (tokens, hidden), to use instead of the prompt's own.
+    """
+    language_model = model.language_model if "language_model" in model else model
+    cache = language_model.make_cache() if prompt_cache is None else prompt_cache
+    tokens = mx.array(prompt)
+    if input_embeddings is None:
+        input_embeddings = language_model.embed(tokens)
+    step = _Step(language_model, cache, sampler, list(logits_processors), tokens)
+    y, logprobs = step.prefill(input_embeddings, prefill_step_size)
+    mx.async_eval(y)
+    for n in range(1, max_tokens + 1):
+        if n < max_tokens:
+            next_y, next_logprobs = step(y)
+            mx.async_eval(next_y)
+        yield int(y.item()), logprobs
+        if n == max_tokens:
+            return
+        if n % CLEAR_CACHE_EVERY == 0:
+            mx.clear_cache()
+        y, logprobs = next_y, next_logprobs
+
+
+class _Step:
+    """One pass through the language model and the sampler, all on the device."""
+
+    def __init__(
+        self,
+        language_model: Lfm2ForCausalLM,
+        cache: list[Cache],
+        sampler: Sampler | None,
+        logits_processors: list[LogitsProcessor],
+        tokens: mx.array,
+    ) -> None:
+        self.language_model = language_model
+        self.cache = cache
+        self.sampler = sampler
+        self.logits_processors = logits_processors
+        self.tokens = tokens
+
+    def prefill(self, embeddings: mx.array, step_size: int) -> tuple[mx.array, mx.array]:
+        """(tokens, hidden) -> first token (1,) and its log-probabilities (vocab,)."""
+        for start in range(0, len(embeddings) - step_size, step_size):
+            self.language_model.model(embeddings[None, start : start + step_size], self.cache)
+            mx.async_eval([entry.state for entry in self.cache])
+        rest = (len(embeddings) - 1) % step_size + 1
+        return self._choose(embeddings[None, -rest:])
+
+    def __call__(self, y: mx.array) -> tuple[mx.array, mx.array]:
+        """Token (1,) -> next token (1,) and its log-probabilities (vocab,)."""
+        if self.logits_processors:
+            self.tokens = mx.concatenate([self.tokens, y])
+        return self._choose(self.language_model.embed(y[None]))
+
+    def _choose(self, embeddings: mx.array) -> tuple[mx.array, mx.array]:
+        hidden = self.language_model.model(embeddings, self.cache).last_hidden_state
+        logits = self.language_model.logits(hidden[:, -1])  # (1, vocab), the last position only
+        for processor in self.logits_processors:
+            logits = processor(self.tokens, logits)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        # logprobs stay lazy where nobody needs them, so greedy decoding takes the logits
+        y = mx.argmax(logits, axis=-1) if self.sampler is None else self.sampler(logprobs)
+        return y, logprobs[0]
+
+
+def stream_generate(
+    model: Lfm2VlForConditionalGeneration,
+    processor: Lfm2VlProcessor,
+    prompt: Conversation | Prompt,
+    images: ImageInput | Sequence[ImageInput] | None = None,
+    *,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    repetition_context_size: int | None = None,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    image_options: ImageOptions = NO_OPTIONS,
+    measure_vision: bool = False,
+) -> Iterator[GenerationResponse]:
+    """Yields an answer piece by piece.
+
+    Args:
+        prompt: a text, a conversation, or what the processor made of one.
+        images: one image or several; see `Lfm2VlProcessor`.
+        max_tokens: how many tokens at most.
+        temperature, top_p, top_k, min_p, repetition_penalty, repetition_context_size: see
+            `Sampling`; None takes the checkpoint's recommendation. Temperature 0 alone is plain
+            greedy decoding.
+        seed: makes sampling repeatable.
+        stop: texts that end the answer; they are not part of it.
+        tools: JSON schemas of functions the model may call.
+        image_options: changes of the checkpoint's image settings.
+        measure_vision: wait for the vision tower, to tell its time; costs a little speed.
+
+    Raises:
+        PromptError, ImageError, ConfigError: what was asked makes no sense or cannot be read.
+    """
+    if max_tokens < 1:
+        raise PromptError(f"max_tokens is {max_tokens}; it must be 1 or more")
+    if not isinstance(prompt, Prompt):
+        prompt = processor(prompt, images, tools=tools, image_options=image_options)
+    elif images is not None or tools is not None:
+        raise PromptError("a prepared prompt holds its images and tools already")
+    sampling = processor.generation_config.sampling.override(
+        temperature, top_p, top_k, min_p, repetition_penalty, repetition_context_size
+    )
+    sampler, logits_processors = from_settings(sampling)
+    if seed is not None:
+        mx.random.seed(seed)
+    clock = _Clock(prompt, measure_vision)
+    answer = _Answer(processor, [stop] if isinstance(stop, str) else list(stop), max_tokens)
+    with wired_limit(model):
+        embeddings = model.embed(prompt.token_ids, clock.encode(model))[0]
+        for token, logprobs in generate_step(
+            prompt.token_ids,
+            model,
+            max_tokens=max_tokens,
+            sampler=sampler if sampling.temperature > 0 else None,
+            logits_processors=logits_processors,
+            input_embeddings=embeddings,
+        ):
+            text, finish_reason = answer.add(token)
+            yield clock.response(text, token, logprobs, finish_reason)
+            if finish_reason is not None:
+                return
+
+
+def generate(
+    model: Lfm2VlForConditionalGeneration,
+    processor: Lfm2VlProcessor,
+    prompt: Conversation | Prompt,
+    images: ImageInput | Sequence[ImageInput] | None = None,
+    *,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    repetition_context_size: int | None = None,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    image_options: ImageOptions = NO_OPTIONS,
+) -> str:
+    """The whole answer as a text. Arguments and errors are those of `stream_generate`."""
+    responses = stream_generate(
+        model,
+        processor,
+        prompt,
+        images,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        repetition_context_size=repetition_context_size,
+        seed=seed,
+        stop=stop,
+        tools=tools,
+        image_options=image_options,
+    )
+    return "".join(response.text for response in responses)
+
+
+class _Answer:
+    """Turns tokens into text and knows when to end."""
+
+    def __init__(self, processor: Lfm2VlProcessor, stop: list[str], max_tokens: int) -> None:
+        if not all(stop):
+            raise PromptError("a stop text is empty; it would end every answer at once")
+        tokenizer = processor.tokenizer
+        ids = processor.generation_config.eos_token_ids
+        self.eos_token_ids = frozenset(ids if ids else (tokenizer.eos_token_id,))
+        self.detokenizer = tokenizer.detokenizer()
+        self.stop = stop
+        self.left = max_tokens
+        self.held = ""  # text that may be the beginning of a stop text
+
+    def add(self, token: int) -> tuple[str, str | None]:
+        """Takes a token; returns the text to show and the reason to end, if any."""
+        self.left -= 1
+        if token in self.eos_token_ids:
+            return self._finish("stop")
+        self.detokenizer.add_token(token)
+        self.held += self.detokenizer.last_segment
+        cut = min((place for s in self.stop if (place := self.held.find(s)) >= 0), default=-1)
+        if cut >= 0:
+            return self.held[:cut], "stop"
+        if self.left == 0:
+            return self._finish("length")
+        keep = max((_overlap(self.held, s) for s in self.stop), default=0)
+        text = self.held[: len(self.held) - keep]
+        self.held = self.held[len(text) :]
+        return text, None
+
+    def _finish(self, reason: str) -> tuple[str, str]:
+        self.detokenizer.finalize()
+        text = self.held + self.detokenizer.last_segment
+        cut = min((place for s in self.stop if (place := text.find(s)) >= 0), default=len(text))
+        return text[:cut], "stop" if cut < len(text) else reason
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many last characters of a text are the beginning of a stop text."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class _Clock:
+    """Measures one answer."""
+
+    def __init__(self, prompt: Prompt, measure_vision: bool) -> None:
+        self.prompt = prompt
+        self.measure_vision = measure_vision
+        self.vision_time: float | None = None
+        self.start = time.perf_counter()
+        self.first = 0.0
+        self.tokens = 0
+
+    def encode(self, model: Lfm2VlForConditionalGeneration) -> mx.array | None:
+        """Image tokens (image tokens, hidden), or None without images."""
+        if self.prompt.pixel_values is None:
+            return None
+        features = model.encode_images(self.prompt.pixel_values, self.prompt.spatial_shapes)
+        if self.measure_vision:
+            mx.eval(features)
+            self.vision_time = time.perf_counter() - self.start
+        return features
+
+    def response(
+        self, text: str, token: int, logprobs: mx.array, finish_reason: str | None
+    ) -> GenerationResponse:
+        """The response for the next token."""
+        now = time.perf_counter()
+        self.tokens += 1
+        if self.tokens == 1:
+            self.first = now
+        waited = self.first - self.start
+        return GenerationResponse(
+            text=text,
+            token=token,
+            logprobs=logprobs,
+            from_draft=False,
+            prompt_tokens=len(self.prompt.token_ids),
+            prompt_tps=len(self.prompt.token_ids) / waited,
+            generation_tokens=self.tokens,
+            # the first token belongs to the prompt's time
+            generation_tps=(self.tokens - 1) / (now - self.first) if self.tokens > 1 else 0.0,
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=finish_reason,
+            image_tokens=tuple(span.image_tokens for span in self.prompt.image_spans),
+            vision_time=self.vision_time,
+            time_to_first_token=waited,
+        )
+
+
+@contextmanager
+def wired_limit(model: nn.Module) -> Iterator[None]:
+    """Keeps the model's memory wired on Metal while it generates; restores the limit after.
+
+    The limit is the model's size and a quarter, at most what the machine recommends.
+    """
+    if not mx.metal.is_available():
+        yield
+        return
+    model_bytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    recommended = int(mx.device_info()["max_recommended_working_set_size"])
+    before = mx.set_wired_limit(min(recommended, model_bytes + model_bytes // 4))
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.set_wired_limit(before)
+
+
+if __name__ == "__main__":
+    from .cli import main
+
+    main()

@@ -1,0 +1,331 @@
+"""Images to views of packed patches, as `transformers`' `Lfm2VlImageProcessor` makes them.
+
+A view is one picture for the vision encoder: a whole small image, a tile of a large one, or the
+thumbnail that comes after the tiles. A patch is 16x16 pixels in (row, column, channel) order.
+Pixels stay uint8 here; they are normalised on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Union
+
+from .config import ImageOptions, ImageProcessorConfig
+from .errors import ImageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+ImageInput = Union[str, Path, bytes, BinaryIO, "Image.Image", "np.ndarray[Any, Any]"]
+
+URL_TIMEOUT = 30.0  # seconds
+NO_OPTIONS = ImageOptions()
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """How one image is cut: a grid of tiles and, apart from it, one resized whole view.
+
+    Attributes:
+        rows, cols: the grid; 0 and 0 where the image is not tiled.
+        whole: (height, width) in pixels of the resized whole image: the only view of a small
+            image, the thumbnail of a tiled one, None where a tiled image has no thumbnail.
+    """
+
+    rows: int
+    cols: int
+    whole: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class ProcessedImage:
+    """One image as the encoder wants it.
+
+    Attributes:
+        pixel_values: (patches of all views, 3·16²) uint8.
+        spatial_shapes: (rows, columns) in patches, one per view.
+        layout: where the views come from.
+    """
+
+    pixel_values: np.ndarray[Any, Any]
+    spatial_shapes: tuple[tuple[int, int], ...]
+    layout: ImageLayout
+
+
+class Lfm2VlImageProcessor:
+    """Cuts and resizes images by the settings of a checkpoint.
+
+    The geometry is that of `transformers`' `Lfm2VlImageProcessor`; resizing is Pillow's, at most
+    one grey level away from torchvision's.
+    """
+
+    def __init__(self, config: ImageProcessorConfig) -> None:
+        self.config = config
+
+    def __call__(self, image: ImageInput, options: ImageOptions = NO_OPTIONS) -> ProcessedImage:
+        """Loads, turns upright, resizes and cuts one image.
+
+        Raises:
+            ImageError: the image cannot be read.
+            ConfigError: the options do not fit together.
+        """
+        import numpy as np
+
+        config = options.apply(self.config)
+        picture = load_image(image)
+        layout = self.layout(picture.height, picture.width, options)
+        size, factor = config.tile_size, config.encoder_patch_size
+        parts, shapes = [], []
+        if layout.rows > 0:
+            parts.append(self.crop_image_to_patches(picture, layout.rows, layout.cols, size))
+            shapes += [(size // factor, size // factor)] * (layout.rows * layout.cols)
+        if layout.whole is not None:
+            height, width = layout.whole
+            parts.append(_patches(self._resize(picture, height, width), 1, 1, factor))
+            shapes.append((height // factor, width // factor))
+        return ProcessedImage(np.concatenate(parts), tuple(shapes), layout)
+
+    def smart_resize(
+        self, height: int, width: int, options: ImageOptions = NO_OPTIONS
+    ) -> tuple[int, int]:
+        """Size of a whole view: sides divisible by 32, area within the token limits.
+
+        The aspect ratio is kept as closely as that allows. Returns (width, height) in pixels, in
+        the order of the official method.
+        """
+        config = options.apply(self.config)
+        factor = config.encoder_patch_size * config.downsample_factor
+        min_pixels = config.min_image_tokens * factor**2
+        max_pixels = config.max_image_tokens * factor**2
+        new_height = max(factor, round(height / factor) * factor)
+        new_width = max(factor, round(width / factor) * factor)
+        if new_height * new_width > max_pixels:
+            shrink = math.sqrt(height * width / max_pixels)
+            new_height = max(factor, math.floor(height / shrink / factor) * factor)
+            new_width = max(factor, math.floor(width / shrink / factor) * factor)
+        elif new_height * new_width < min_pixels:
+            grow = math.sqrt(min_pixels / (height * width))
+            new_height = math.ceil(height * grow / factor) * factor
+            new_width = math.ceil(width * grow / factor) * factor
+        return new_width, new_height
+
+    def layout(self, height: int, width: int, options: ImageOptions = NO_OPTIONS) -> ImageLayout:
+        """Decides between one view and tiles, from the size alone.
+
+        An image is tiled where its rounded area (each side to a multiple of 32) exceeds the
+        largest view times `max_pixels_tolerance`.
+        """
+        config = options.apply(self.config)
+        new_width, new_height = self.smart_resize(height, width, options)
+        splitting = config.do_image_splitting and config.max_tiles > 1
+        if not splitting or not _is_large(height, width, config):
+            return ImageLayout(0, 0, (new_height, new_width))
+        cols, rows = _grid(height, width, config.min_tiles, config.max_tiles, config.tile_size)
+        thumbnail = config.use_thumbnail and rows * cols > 1
+        return ImageLayout(rows, cols, (new_height, new_width) if thumbnail else None)
+
+    def crop_image_to_patches(
+        self, image: Image.Image, rows: int, cols: int, tile_size: int
+    ) -> np.ndarray[Any, Any]:
+        """Resizes to the grid and cuts tiles row by row, each into its patches.
+
+        Returns (rows·cols·patches per tile, 3·16²) uint8.
+        """
+        pixels = self._resize(image, rows * tile_size, cols * tile_size)
+        return _patches(pixels, rows, cols, self.config.encoder_patch_size)
+
+    def view_tokens(self, layout: ImageLayout, options: ImageOptions = NO_OPTIONS) -> list[int]:
+        """Image tokens of each view, tiles row by row, then the whole view."""
+        config = options.apply(self.config)
+        factor = config.encoder_patch_size * config.downsample_factor
+        tokens = [(config.tile_size // factor) ** 2] * (layout.rows * layout.cols)
+        if layout.whole is not None:
+            tokens.append((layout.whole[0] // factor) * (layout.whole[1] // factor))
+        return tokens
+
+    def count_image_tokens(
+        self, width: int, height: int, options: ImageOptions = NO_OPTIONS
+    ) -> int:
+        """Positions that an image of this size (pixels, upright) takes in a prompt.
+
+        Counts `<image>` tokens and the marks around and between views. No pixel is touched.
+        """
+        if width < 1 or height < 1:
+            raise ImageError(f"image of {width}x{height} pixels: both sides must be 1 or more")
+        layout = self.layout(height, width, options)
+        tokens = sum(self.view_tokens(layout, options))
+        if options.apply(self.config).use_image_special_tokens:
+            tokens += 2 + marks_of(layout)
+        return tokens
+
+    def _resize(self, image: Image.Image, height: int, width: int) -> np.ndarray[Any, Any]:
+        import numpy as np
+        from PIL import Image
+
+        resized = image.resize((width, height), Image.Resampling(self.config.resample))
+        return np.asarray(resized)
+
+
+def marks_of(layout: ImageLayout) -> int:
+    """How many views carry a mark of their own: those of a grid of more than one tile."""
+    tiles = layout.rows * layout.cols
+    return tiles + (layout.whole is not None) if tiles > 1 else 0
+
+
+def _is_large(height: int, width: int, config: ImageProcessorConfig) -> bool:
+    patch = config.encoder_patch_size
+    factor = patch * config.downsample_factor
+    rounded_height = max(patch, round(height / factor) * factor)
+    rounded_width = max(patch, round(width / factor) * factor)
+    limit = config.max_image_tokens * factor**2 * config.max_pixels_tolerance
+    return rounded_height * rounded_width > limit
+
+
+@lru_cache(maxsize=64)
+def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
+    # from a set, then sorted by area only: ties keep the set's order, which decides between
+    # equally good grids in the official code, so the same set is built in the same way
+    grids = {
+        (cols, rows)
+        for n in range(min_tiles, max_tiles + 1)
+        for cols in range(1, n + 1)
+        for rows in range(1, n + 1)
+        if min_tiles <= cols * rows <= max_tiles
+    }
+    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+
+
+def _grid(height: int, width: int, min_tiles: int, max_tiles: int, tile: int) -> tuple[int, int]:
+    """The (cols, rows) nearest in aspect ratio; of equally near ones, the later if it fits."""
+    best, best_distance = (1, 1), math.inf
+    for cols, rows in _grids(min_tiles, max_tiles):
+        distance = abs(width / height - cols / rows)
+        fits = width * height > 0.5 * tile * tile * cols * rows
+        if distance < best_distance or (distance == best_distance and fits):
+            best, best_distance = (cols, rows), distance
+    return best
+
+
+def _patches(
+    pixels: np.ndarray[Any, Any], rows: int, cols: int, patch: int
+) -> np.ndarray[Any, Any]:
+    """(rows·h·patch, cols·w·patch, 3) -> (rows·cols·h·w, patch·patch·3), tile after tile."""
+    height, width = pixels.shape[0] // (rows * patch), pixels.shape[1] // (cols * patch)
+    tiles = pixels.reshape(rows, height, patch, cols, width, patch, 3)
+    return tiles.transpose(0, 3, 1, 4, 2, 5, 6).reshape(-1, patch * patch * 3)
+
+
+def load_image(image: ImageInput) -> Image.Image:
+    """Opens an image and returns it upright in RGB.
+
+    Takes a path, an http(s) or data URL, encoded bytes, a binary file object, a Pillow image or
+    an array of (height, width), (height, width, 3) or (height, width, 4) uint8. The first frame
+    of an animation counts; transparency is dropped and 16-bit grey loses its low byte, as in the
+    official loader.
+
+    Raises:
+        ImageError: missing, unreachable, damaged, too large, empty, or no image at all.
+    """
+    from PIL import Image, ImageOps
+
+    if isinstance(image, Image.Image):
+        name, picture = "image", image
+    elif hasattr(image, "shape"):
+        name, picture = "array", _from_array(image)
+    else:
+        name, picture = _open(image)
+    if picture.width < 1 or picture.height < 1:
+        raise ImageError(f"{name} has {picture.width}x{picture.height} pixels; it is empty")
+    try:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I;16"):
+            picture = picture.point(lambda value: value / 256).convert("L")
+        return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{name} is damaged: {error}") from None
+
+
+def _open(image: str | Path | bytes | BinaryIO) -> tuple[str, Image.Image]:
+    """Opens an encoded image, without decoding it; returns its name for messages, too."""
+    from PIL import Image, UnidentifiedImageError
+
+    name, source = _source(image)
+    try:
+        return name, Image.open(source)
+    except FileNotFoundError:
+        raise ImageError(f"{name} does not exist") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{name} is not an image that Pillow can read") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} is too large to open: {error}") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{name} cannot be read: {error}") from None
+
+
+def _source(image: str | Path | bytes | BinaryIO) -> tuple[str, Any]:
+    import io
+
+    if isinstance(image, (bytes, bytearray)):
+        if len(image) == 0:
+            raise ImageError("image has 0 bytes; it is empty")
+        return "image", io.BytesIO(image)
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        return image, io.BytesIO(_download(image))
+    if isinstance(image, str) and image.startswith("data:"):
+        return "data URL", io.BytesIO(_decode_data_url(image))
+    if isinstance(image, (str, Path)):
+        path = Path(image).expanduser()
+        if path.is_file() and path.stat().st_size == 0:
+            raise ImageError(f"{path} has 0 bytes; it is empty")
+        return str(path), path
+    if hasattr(image, "read"):
+        return getattr(image, "name", "image"), image
+    raise ImageError(
+        f"image of type {type(image).__name__} cannot be read; "
+        "pass a path, URL, bytes, Pillow image or array"
+    )
+
+
+def _download(url: str) -> bytes:
+    import urllib.error
+    import urllib.request
+
+    request = urllib.request.Request(url, headers={"User-Agent": "mlx-lfm2vl"})
+    try:
+        with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as response:
+            return bytes(response.read())
+    except (OSError, ValueError) as error:  # URLError, HTTPError and timeouts are OSErrors
+        raise ImageError(f"{url} cannot be fetched: {error}") from None
+
+
+def _decode_data_url(url: str) -> bytes:
+    import base64
+    import binascii
+
+    header, comma, data = url.partition(",")
+    if not comma or not header.endswith(";base64"):
+        raise ImageError("data URL must look like data:image/png;base64,…")
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise ImageError(f"data URL is not valid base64: {error}") from None
+
+
+def _from_array(array: Any) -> Image.Image:
+    import numpy as np
+    from PIL import Image
+
+    values = np.asarray(array)
+    channels_last = values.ndim == 3 and values.shape[2] in (1, 3, 4)
+    if values.dtype != np.uint8 or not (values.ndim == 2 or channels_last):
+        raise ImageError(
+            f"array of shape {values.shape} and type {values.dtype} is no image; "
+            "it must be uint8 of (height, width), (height, width, 3) or (height, width, 4)"
+        )
+    if values.size == 0:
+        raise ImageError(f"array of shape {values.shape} is empty")
+    return Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)

@@ -1,0 +1,240 @@
+"""Messages and images to one prompt: token ids, packed views, and where each image stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from .config import GenerationConfig, ImageOptions
+from .errors import PromptError
+from .image_processor import (
+    NO_OPTIONS,
+    ImageInput,
+    ImageLayout,
+    Lfm2VlImageProcessor,
+    ProcessedImage,
+    marks_of,
+)
+from .tokenizer import Lfm2Tokenizer, Message
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Conversation = str | Sequence[Message]
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """Where one image stands in a prompt.
+
+    Attributes:
+        start, stop: positions of all its tokens, the marks around it included.
+        image_tokens: how many of them are image tokens, one per row of `encode_images`.
+        views: how many entries of `spatial_shapes` are its.
+    """
+
+    start: int
+    stop: int
+    image_tokens: int
+    views: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model reads.
+
+    Attributes:
+        token_ids: the whole prompt; images stand in it as runs of image tokens.
+        pixel_values: (patches of all views, 3·16²) uint8, packed, not padded; None without images.
+        spatial_shapes: (rows, columns) in patches, one per view.
+        image_spans: one per image, in order.
+    """
+
+    token_ids: list[int]
+    pixel_values: np.ndarray[Any, Any] | None = None
+    spatial_shapes: tuple[tuple[int, int], ...] = ()
+    image_spans: tuple[ImageSpan, ...] = ()
+
+
+class Lfm2VlProcessor:
+    """Joins image processor and tokenizer, as `transformers`' `Lfm2VlProcessor`.
+
+    Attributes:
+        image_processor, tokenizer: the parts.
+        generation_config: recommended sampling and the tokens that end an answer.
+    """
+
+    def __init__(
+        self,
+        image_processor: Lfm2VlImageProcessor,
+        tokenizer: Lfm2Tokenizer,
+        generation_config: GenerationConfig,
+    ) -> None:
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        self.generation_config = generation_config
+
+    def __call__(
+        self,
+        messages: Conversation,
+        images: ImageInput | Sequence[ImageInput] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        image_options: ImageOptions = NO_OPTIONS,
+        template_variables: Mapping[str, Any] | None = None,
+        now: datetime | None = None,
+    ) -> Prompt:
+        """Makes a prompt.
+
+        Args:
+            messages: a text, which becomes one user's message with the images before it; or a
+                conversation in the `transformers` form, whose image items are
+                `{"type": "image", "image": X}`, X a path, URL, data URL, bytes, Pillow image or
+                uint8 array. Items without an `image` take the next one of `images`.
+            images: one image or several.
+            tools: JSON schemas of functions the model may call.
+            add_generation_prompt: end with the opening of the assistant's turn.
+            continue_final_message: leave the last message open, to be continued.
+            image_options: changes of the checkpoint's image settings.
+            template_variables: more names for the chat template.
+            now: the time for templates that print the date.
+
+        Raises:
+            PromptError: empty or malformed messages, or more or fewer images than places.
+            ImageError: an image cannot be read.
+        """
+        conversation, pictures = self._gather(messages, images)
+        token_ids = self.tokenizer.apply_chat_template(
+            conversation,
+            tools,
+            add_generation_prompt,
+            continue_final_message,
+            template_variables,
+            now,
+        )
+        places = token_ids.count(self.tokenizer.image_token_id)
+        if places != len(pictures):
+            raise PromptError(
+                f"the chat template shows {places} images of {len(pictures)}; images belong into "
+                "messages whose content it prints"
+            )
+        processed = [self.image_processor(picture, image_options) for picture in pictures]
+        return self._expand(token_ids, processed, image_options)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Ids to text."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens)
+
+    def batch_decode(
+        self, sequences: Iterable[Sequence[int]], skip_special_tokens: bool = False
+    ) -> list[str]:
+        """`decode` for each sequence."""
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens)
+
+    def image_token_ids(self, layout: ImageLayout, options: ImageOptions = NO_OPTIONS) -> list[int]:
+        """The tokens of one image: marks, and a run of image tokens for each view.
+
+        Tiles come row by row, each after `<|img_row_R_col_C|>`; the thumbnail comes last.
+        """
+        tokenizer = self.tokenizer
+        marked = options.apply(self.image_processor.config).use_image_special_tokens
+        tokens = self.image_processor.view_tokens(layout, options)
+        if not marked:
+            return [tokenizer.image_token_id] * sum(tokens)
+        marks: list[list[int]] = [[] for _ in tokens]
+        if marks_of(layout):
+            marks = [
+                [tokenizer.tile_token_id(row, col)]
+                for row in range(1, layout.rows + 1)
+                for col in range(1, layout.cols + 1)
+            ]
+            if layout.whole is not None:
+                marks.append([tokenizer.token_id(tokenizer.image_thumbnail_token)])
+        ids = [tokenizer.token_id(tokenizer.image_start_token)]
+        for mark, count in zip(marks, tokens, strict=True):
+            ids += [*mark, *[tokenizer.image_token_id] * count]
+        return [*ids, tokenizer.token_id(tokenizer.image_end_token)]
+
+    def _expand(
+        self, token_ids: list[int], processed: list[ProcessedImage], options: ImageOptions
+    ) -> Prompt:
+        """Puts each image's tokens in the place of its single `<image>`."""
+        ids: list[int] = []
+        spans: list[ImageSpan] = []
+        shapes: list[tuple[int, int]] = []
+        waiting = iter(processed)
+        for token in token_ids:
+            if token != self.tokenizer.image_token_id:
+                ids.append(token)
+                continue
+            image = next(waiting)
+            start = len(ids)
+            ids += self.image_token_ids(image.layout, options)
+            tokens = sum(self.image_processor.view_tokens(image.layout, options))
+            spans.append(ImageSpan(start, len(ids), tokens, len(image.spatial_shapes)))
+            shapes += image.spatial_shapes
+        if not processed:
+            return Prompt(ids)
+        import numpy as np
+
+        pixel_values = np.concatenate([image.pixel_values for image in processed])
+        return Prompt(ids, pixel_values, tuple(shapes), tuple(spans))
+
+    def _gather(
+        self, messages: Conversation, images: ImageInput | Sequence[ImageInput] | None
+    ) -> tuple[list[Message], list[ImageInput]]:
+        """Takes the images out of the messages; templates see only that they are there."""
+        given = _image_list(images)
+        if isinstance(messages, str):
+            if not messages.strip():
+                raise PromptError("the prompt is empty; ask something")
+            items: list[Message] = [{"type": "image"} for _ in given]
+            text: Message = {"type": "text", "text": messages}
+            # plain content without images, as most templates and all text models know it
+            content = [*items, text] if given else messages
+            return [{"role": "user", "content": content}], given
+        if not messages:
+            raise PromptError("the conversation is empty; it needs one message or more")
+        later = iter(given)
+        found: list[ImageInput] = []
+        conversation = [_without_images(message, later, found) for message in messages]
+        unused = sum(1 for _ in later)
+        if unused:
+            raise PromptError(
+                f"{len(given)} images were given, but the messages have places for only "
+                f"{len(given) - unused}; add an item {{'type': 'image'}} for each"
+            )
+        return conversation, found
+
+
+def _image_list(images: ImageInput | Sequence[ImageInput] | None) -> list[ImageInput]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
+
+
+def _without_images(message: Message, later: Iterable[ImageInput], found: list[Any]) -> Message:
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise PromptError(
+            f"message {message!r} has no role; it must be a dict with role and content"
+        )
+    content = message.get("content")
+    if not isinstance(content, (list, tuple)):
+        return message
+    items = []
+    for item in content:
+        if not isinstance(item, Mapping) or item.get("type") != "image":
+            items.append(item)
+            continue
+        image = next((item[key] for key in ("image", "url", "path") if key in item), None)
+        if image is None:
+            image = next(iter(later), None)
+        if image is None:
+            raise PromptError("the messages have more image places than images were given")
+        found.append(image)
+        items.append({"type": "image"})
+    return {**message, "content": items}

@@ -423,7 +423,7 @@ class Sampling:
         A caller who asks for temperature 0 wants plain greedy decoding, so no recommended filter
         or penalty survives that, only those the caller states, too.
         """
-        stated = {
+        stated: dict[str, Any] = {
             "temperature": temperature,
             "top_p": top_p,
             "top_k": top_k,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -89,7 +89,7 @@ def generate_step(
     """
     language_model = model.language_model if "language_model" in model else model
     cache = language_model.make_cache() if prompt_cache is None else prompt_cache
-    tokens = mx.array(prompt)
+    tokens = prompt if isinstance(prompt, mx.array) else mx.array(list(prompt))
     if input_embeddings is None:
         input_embeddings = language_model.embed(tokens)
     step = _Step(language_model, cache, sampler, list(logits_processors), tokens)
@@ -99,7 +99,7 @@ def generate_step(
         if n < max_tokens:
             next_y, next_logprobs = step(y)
             mx.async_eval(next_y)
-        yield int(y.item()), logprobs
+        yield cast(int, y.item()), logprobs
         if n == max_tokens:
             return
         if n % CLEAR_CACHE_EVERY == 0:

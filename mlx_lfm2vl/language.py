@@ -7,7 +7,7 @@ mlx-lm's protocol, so mlx-lm's own generation drives it, too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -189,7 +189,7 @@ class Lfm2DecoderLayer(nn.Module):
         x: mx.array,
         masks: Masks,
         rotary: Rotary,
-        cache: Cache | None = None,
+        cache: Any = None,  # KVCache or ConvCache, as the layer is
         attentions: list[mx.array] | None = None,
     ) -> mx.array:
         normed = self.operator_norm(x)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -165,22 +165,23 @@ class Lfm2VlForConditionalGeneration(nn.Module):
         Returns:
             (batch, tokens, text hidden)
         """
-        ids = input_ids if isinstance(input_ids, mx.array) else mx.array(input_ids)[None]
+        ids = input_ids if isinstance(input_ids, mx.array) else mx.array(list(input_ids))[None]
         embeddings = self.language_model.embed(ids)
         if image_features is None:
             return embeddings
-        flat = ids.flatten().tolist() if input_ids is ids else list(input_ids)
-        rows = list(range(len(flat)))
-        places = [i for i, token in enumerate(flat) if token == self.config.image_token_id]
+        tokens = cast("list[int]", ids.flatten().tolist()) if input_ids is ids else input_ids
+        places = [i for i, token in enumerate(tokens) if token == self.config.image_token_id]
         if len(places) != image_features.shape[0]:
             raise PromptError(
                 f"{len(places)} image tokens stand in the prompt, but {image_features.shape[0]} "
                 "image features were given"
             )
+        # row i of the result is row rows[i] of the table: embeddings first, then features
+        rows = list(range(len(tokens)))
         for feature, place in enumerate(places):
-            rows[place] = len(flat) + feature
-        flat_embeddings = embeddings.reshape(len(flat), -1)
-        table = mx.concatenate([flat_embeddings, image_features.astype(embeddings.dtype)])
+            rows[place] = len(tokens) + feature
+        flat = embeddings.reshape(len(tokens), -1)
+        table = mx.concatenate([flat, image_features.astype(flat.dtype)])
         return table[mx.array(rows)].reshape(embeddings.shape)
 
     def make_cache(self) -> list[Cache]:

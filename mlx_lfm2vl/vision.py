@@ -196,7 +196,7 @@ class Siglip2VisionModel(nn.Module):
             start = stop
         return Siglip2VisionOutput(
             mx.concatenate(features),
-            [mx.concatenate(x) for x in zip(*hidden_states, strict=True)]
+            [mx.concatenate(list(groups)) for groups in zip(*hidden_states, strict=True)]
             if output_hidden_states
             else None,
         )

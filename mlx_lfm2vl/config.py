@@ -137,15 +137,11 @@ def _text_config(reader: _Reader, top: _Reader) -> Lfm2Config:
         hidden_size % heads == 0, "hidden_size", hidden_size, f"a multiple of {heads} heads"
     )
     reader.check(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"a divisor of {heads}")
-    tied = {
-        where: where_reader.get("tie_word_embeddings", bool, "tie_embedding", default=None)
-        for where, where_reader in (("text_config", reader), ("config", top))
-    }
-    stated = [value for value in tied.values() if value is not None]
-    if len(set(stated)) > 1:
-        raise ConfigError(
-            f"{top.file}: tie_word_embeddings is {tied['config']} at the top and "
-            f"{tied['text_config']} in text_config; make them equal"
+    # both places are written, but the head belongs to the whole model: the top decides
+    tied = top.get("tie_word_embeddings", bool, "tie_embedding", default=None)
+    if tied is None:
+        tied = reader.get(
+            "tie_word_embeddings", bool, "tie_embedding", default=default.tie_word_embeddings
         )
     return Lfm2Config(
         vocab_size=reader.get("vocab_size", int, default=REQUIRED),
@@ -159,7 +155,7 @@ def _text_config(reader: _Reader, top: _Reader) -> Lfm2Config:
         rope_theta=_rope_theta(reader),
         conv_L_cache=reader.get("conv_L_cache", int, default=default.conv_L_cache),
         conv_bias=reader.get("conv_bias", bool, default=default.conv_bias),
-        tie_word_embeddings=stated[0] if stated else default.tie_word_embeddings,
+        tie_word_embeddings=tied,
         max_position_embeddings=reader.get(
             "max_position_embeddings", int, default=default.max_position_embeddings
         ),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parent / "checkpoints"
 SHARED = Path(__file__).parents[2] / "shared"
 
 

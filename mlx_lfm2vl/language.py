@@ -281,7 +281,9 @@ class Lfm2ForCausalLM(nn.Module):
 
     def embed(self, token_ids: mx.array) -> mx.array:
         """(batch, tokens) -> (batch, tokens, hidden)."""
-        return self.model.embed_tokens(token_ids)
+        # embeddings quantized to small floats come out as bfloat16, whatever the rest computes in
+        dtype = self.model.embedding_norm.weight.dtype
+        return self.model.embed_tokens(token_ids).astype(dtype)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """(..., hidden) -> (..., vocab)."""

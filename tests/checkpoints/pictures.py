@@ -26,8 +26,9 @@ CASES: dict[str, list[tuple[str, list[str | tuple[int, int]]]]] = {
     "column": [("user", [(100, 300), "What is this?"])],
     "wide": [("user", [(130, 24), "What is this?"])],
     "tiny": [("user", [(5, 7), "And this?"])],
-    "below": [("user", [(70, 129), "How large is it?"])],
-    "above": [("user", [(81, 110), "How large is it?"])],
+    # a larger area that rounds to the limit, and a smaller one that rounds above it
+    "below": [("user", [(140, 70), "How large is it?"])],
+    "above": [("user", [(146, 50), "How large is it?"])],
     "square": [("user", [(150, 150), "What shape is this?"])],
     "interleaved": [("user", ["Compare", (40, 50), "with", (90, 60), "and tell me what changed."])],
     "turns": [

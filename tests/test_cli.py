@@ -1,0 +1,212 @@
+"""The command line as its user sees it."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from mlx_lfm2vl import generate
+from mlx_lfm2vl.cli import build_parser, main
+
+from .checkpoints.pictures import picture
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(picture(200, 130)).save(path)
+    return path
+
+
+@pytest.fixture
+def run(capsys, fixtures):
+    """Runs the command line in this process; returns (stdout, stderr)."""
+
+    def call(*arguments, model="v5"):
+        with pytest.raises(SystemExit) as exit_info:
+            main(["--model", str(fixtures / model), *map(str, arguments)])
+        captured = capsys.readouterr()
+        assert exit_info.value.code == 0, captured.err
+        return captured.out, captured.err
+
+    return call
+
+
+def command(fixtures, *arguments):
+    start = [sys.executable, "-m", "mlx_lfm2vl.generate", "--model", str(fixtures / "v5")]
+    return [*start, *map(str, arguments)]
+
+
+def test_output_is_only_the_text(run, photo, loaded):
+    out, err = run("--image", photo, "--prompt", "What?", "--temp", 0, "--max-tokens", 9)
+    text = generate(*loaded(), "What?", photo, temperature=0, max_tokens=9)
+    assert out == text + "\n"
+    assert err == ""
+
+
+def test_json_is_one_object(run, photo, loaded):
+    out, err = run("--image", photo, "-p", "What?", "--temp", 0, "--max-tokens", 9, "--json")
+    answer = json.loads(out)
+    assert out.count("\n") == 1
+    assert err == ""
+    prompt = loaded()[1]("What?", photo)
+    assert answer["text"] == generate(*loaded(), prompt, temperature=0, max_tokens=9)
+    assert loaded()[1].decode(answer["tokens"], True) == answer["text"]
+    assert answer["prompt_tokens"] == len(prompt.token_ids)
+    assert answer["image_tokens"] == [span.image_tokens for span in prompt.image_spans]
+    assert answer["image_views"] == [len(prompt.spatial_shapes)]
+    assert answer["finish_reason"] == "length"
+    assert answer["sampling"]["temperature"] == 0
+    assert answer["timings"]["vision_s"] > 0
+
+
+def test_several_images_and_a_system_message(run, photo, loaded):
+    arguments = ("--image", photo, photo, "--image", photo, "--system", "Be brief.")
+    out, _ = run(*arguments, "-p", "What?", "--temp", 0, "-m", 4, "--json")
+    answer = json.loads(out)
+    assert len(answer["image_tokens"]) == 3
+    content = [*[{"type": "image", "image": photo}] * 3, {"type": "text", "text": "What?"}]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
+    assert answer["prompt_tokens"] == len(loaded()[1](messages).token_ids)
+
+
+def test_verbose_tells_sources_and_statistics(run, photo):
+    _, err = run("--image", photo, photo, "-p", "What?", "-m", 3, "-v", "--min-p", 0.3)
+    assert "temperature 0.1 (model card)" in err
+    assert "min_p 0.3 (flag)" in err
+    assert "repetition_penalty 1.05 (model card)" in err
+    assert "top_k 0 (default)" in err
+    for part in ("images: tokens ", "vision ", " tok/s", "first token after", "peak memory"):
+        assert part in err
+    _, err = run("-p", "What?", "-m", 3, "-v")
+    assert "images: tokens none\n" in err
+
+
+def test_sampling_of_generation_config_is_named(run, copied):
+    folder = copied()
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 4, "do_sample": True, "temperature": 0.2, "top_k": 50})
+    )
+    _, err = run("-p", "Hi", "-m", 2, "-v", model=folder)
+    assert "temperature 0.2 (generation_config.json)" in err
+    assert "top_k 50 (generation_config.json)" in err
+    assert "min_p 0 (default)" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "fewer"),
+    [
+        (["--no-image-splitting"], True),
+        (["--no-thumbnail"], True),
+        (["--no-image-special-tokens"], True),
+        (["--max-tiles", "2"], True),
+        (["--max-pixels-tolerance", "50"], True),
+        (["--max-image-tokens", "64", "--max-pixels-tolerance", "0.05"], False),
+        (["--tile-size", "128"], False),
+        (["--min-tiles", "9"], False),
+    ],
+)
+def test_image_switches_reach_the_processor(flags, fewer, run, photo):
+    def length(*more):
+        out, _ = run("--image", photo, "-p", "What?", "-m", 1, "--json", *more)
+        return json.loads(out)["prompt_tokens"]
+
+    assert (length(*flags) < length()) if fewer else (length(*flags) > length())
+
+
+def test_odd_images_are_answered(run, tmp_path):
+    rgb = Image.fromarray(picture(60, 40))
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    rgb.convert("L").save(tmp_path / "grey.png")
+    rgb.quantize(8).save(tmp_path / "palette.png", transparency=1)
+    rgb.convert("RGBA").save(tmp_path / "alpha.webp")
+    rgb.save(tmp_path / "animated.gif", save_all=True, append_images=[rgb.rotate(90)])
+    Image.fromarray(picture(60, 40)[..., 0].astype("uint16") * 257).save(tmp_path / "deep.png")
+    Image.new("RGB", (12_000, 40)).save(tmp_path / "thin.png")
+    images = sorted(tmp_path.iterdir())
+    out, _ = run("--image", *images, "-p", "What?", "-m", 2, "--json")
+    assert len(json.loads(out)["image_tokens"]) == len(images) == 7
+
+
+def test_prompt_and_image_from_standard_input(fixtures, photo):
+    arguments = ("--temp", 0, "-m", 5)
+    flags = subprocess.run(
+        command(fixtures, "--image", photo, "-p", "What?", *arguments),
+        capture_output=True,
+        check=True,
+    )
+    prompt = subprocess.run(
+        command(fixtures, "--image", photo, "-p", "-", *arguments),
+        input=b"What?",
+        capture_output=True,
+        check=True,
+    )
+    image = subprocess.run(
+        command(fixtures, "--image", "-", "-p", "What?", *arguments),
+        input=photo.read_bytes(),
+        capture_output=True,
+        check=True,
+    )
+    assert flags.stdout == prompt.stdout == image.stdout
+    assert len(flags.stdout) > 1
+
+
+def test_a_terminal_sees_the_answer_grow(fixtures):
+    """On a terminal pieces arrive one by one."""
+    reader, writer = pty.openpty()
+    process = subprocess.Popen(
+        command(fixtures, "-p", "Count", "--temp", 0, "-m", 4000), stdout=writer
+    )
+    os.close(writer)
+    pieces = 0
+    try:
+        while pieces < 5:
+            assert os.read(reader, 64)
+            pieces += 1
+        assert process.poll() is None, "the answer came at its end"
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reader)
+
+
+def test_ctrl_c_ends_quietly(fixtures):
+    process = subprocess.Popen(
+        command(fixtures, "-p", "Count", "--temp", 0, "-m", 100000),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    # a pipe is written in blocks, so the first block says that it is under way
+    assert process.stdout.read(10)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.strip() == b""
+
+
+def test_a_reader_that_leaves_is_no_error(fixtures):
+    process = subprocess.Popen(
+        command(fixtures, "-p", "Count", "--temp", 0, "-m", 20000),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 1
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_help_names_every_argument_and_its_default():
+    text = build_parser().format_help()
+    for flag in ("--model", "--image", "--prompt", "--temp", "--min-image-tokens", "--json"):
+        assert flag in text
+    assert "LiquidAI/LFM2.5-VL-450M" in text
+    assert "(default: 256)" in text

@@ -1,0 +1,71 @@
+"""Every block of the README runs as it stands, with a small checkpoint in place of the large."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from .checkpoints.pictures import picture
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+DEFAULT_MODEL = "LiquidAI/LFM2.5-VL-450M"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    for name in ("photo.jpg", "before.jpg", "after.jpg"):
+        Image.fromarray(picture(100, 60, len(name))).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_python_blocks_run_in_order(folder, fixtures, capsys):
+    names = {}
+    blocks = [block for kind, block in BLOCKS if kind == "python"]
+    assert len(blocks) >= 6
+    for block in blocks:
+        code = block.replace(DEFAULT_MODEL, str(fixtures / "v5"))
+        exec(compile(code, "README.md", "exec"), names)
+    out = capsys.readouterr().out
+    assert "no_such_file.jpg does not exist" in out
+    assert "tok/s" in out
+
+
+COMMANDS = [
+    line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line.strip()
+]
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "mlx_lfm2vl.generate" in line])
+def test_commands_run(line, folder, fixtures):
+    command = f"{sys.executable} -m mlx_lfm2vl.generate --model {fixtures / 'v5'}"
+    line = line.replace("python -m mlx_lfm2vl.generate", command)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(line, shell=True, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout) > 1 or (folder / "out.json").stat().st_size > 1
+
+
+def test_other_commands_are_those_that_ci_runs():
+    others = [line for line in COMMANDS if "mlx_lfm2vl.generate" not in line]
+    assert others[-1] == "make test"
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert all(line.startswith("pip install ") for line in others[:-1])
+
+
+def test_every_link_into_the_repository_exists():
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    named = re.findall(r"`((?:examples|tests)/[\w./]+)`", README)
+    assert targets
+    for target in targets + named:
+        assert (ROOT / target).exists(), target
+
+
+def test_length():
+    assert 150 <= len(README.splitlines()) <= 250

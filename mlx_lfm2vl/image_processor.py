@@ -264,7 +264,7 @@ def _open(image: str | Path | bytes | BinaryIO) -> tuple[str, Image.Image]:
 
     name, source = _source(image)
     try:
-        return name, Image.open(source)
+        return name, _identify(source)
     except FileNotFoundError:
         raise ImageError(f"{name} does not exist") from None
     except UnidentifiedImageError:
@@ -273,6 +273,35 @@ def _open(image: str | Path | bytes | BinaryIO) -> tuple[str, Image.Image]:
         raise ImageError(f"{name} is too large to open: {error}") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"{name} cannot be read: {error}") from None
+
+
+def _identify(source: Any) -> Image.Image:
+    """Opens what Pillow knows, and HEIC where pillow-heif is installed."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(source)
+    except UnidentifiedImageError:
+        if not _is_heif(source):
+            raise
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise ValueError('HEIC needs pillow-heif: pip install "mlx-lfm2vl[heic]"') from None
+    register_heif_opener()
+    return Image.open(source)
+
+
+def _is_heif(source: Any) -> bool:
+    """Looks at the brand in the first bytes; a file object is rewound."""
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            start = file.read(12)
+    else:
+        source.seek(0)
+        start = source.read(12)
+        source.seek(0)
+    return start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"heim", b"mif1", b"hevc")
 
 
 def _source(image: str | Path | bytes | BinaryIO) -> tuple[str, Any]:

@@ -2,12 +2,13 @@
 
 import base64
 import io
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from mlx_lfm2vl import ImageOptions, ImageProcessorConfig, Lfm2VlImageProcessor
+from mlx_lfm2vl import ImageError, ImageOptions, ImageProcessorConfig, Lfm2VlImageProcessor
 from mlx_lfm2vl.image_processor import ImageLayout, load_image
 
 PROCESSOR = Lfm2VlImageProcessor(ImageProcessorConfig())
@@ -66,6 +67,26 @@ def test_exif_orientation_is_applied(orientation):
     }[orientation]
     stored = upright if turn is None else upright.transpose(turn)
     assert np.array_equal(load_image(through_file(stored, "PNG", exif=exif)), upright)
+
+
+@pytest.mark.parametrize("kind", ["path", "bytes", "file"])
+def test_heic_with_the_extra(kind, tmp_path):
+    heif = pytest.importorskip("pillow_heif", reason="needs the extra heic")
+    path = tmp_path / "photo.heic"
+    heif.from_pillow(gradient(64, 48)).save(path, quality=-1)
+    source = {"path": path, "bytes": path.read_bytes(), "file": io.BytesIO(path.read_bytes())}[kind]
+    difference = np.abs(np.asarray(load_image(source)).astype(int) - np.asarray(gradient(64, 48)))
+    assert difference.max() < 16  # chroma is stored at half size
+
+
+def test_heic_without_the_extra(tmp_path, monkeypatch):
+    from PIL import Image as pillow
+
+    monkeypatch.setattr(pillow, "OPEN", {})
+    monkeypatch.setattr(pillow, "ID", [])
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match="HEIC needs pillow-heif"):
+        load_image(b"\0\0\0\x18ftypheic" + bytes(100))
 
 
 def test_the_same_image_from_every_source(tmp_path):

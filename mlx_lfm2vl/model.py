@@ -31,6 +31,7 @@ class Lfm2VlOutput:
 
     Attributes:
         logits: (batch, kept positions, vocab).
+        last_hidden_state: (batch, tokens, hidden), after the final norm.
         loss: a scalar, where labels were given.
         hidden_states: embeddings and each layer's output, (batch, tokens, hidden); the last one
             after the final norm.
@@ -39,6 +40,7 @@ class Lfm2VlOutput:
     """
 
     logits: mx.array
+    last_hidden_state: mx.array
     loss: mx.array | None = None
     hidden_states: tuple[mx.array, ...] | None = None
     attentions: tuple[mx.array, ...] | None = None
@@ -113,6 +115,7 @@ class Lfm2VlForConditionalGeneration(nn.Module):
         logits = self.language_model.logits(hidden[:, -logits_to_keep:])
         return Lfm2VlOutput(
             logits,
+            hidden,
             None if labels is None else causal_lm_loss(logits, labels),
             None if out.hidden_states is None else tuple(out.hidden_states),
             None if out.attentions is None else tuple(out.attentions),

@@ -102,6 +102,7 @@ def test_every_hidden_state_and_attention(name, case, loaded):
     assert len(out.hidden_states) == len(layers) + 1
     for i, hidden in enumerate(out.hidden_states):
         close(hidden[0], official[f"hidden_{i}"])
+    close(out.last_hidden_state[0], official[f"hidden_{len(layers)}"])
     assert len(out.attentions) == layers.count("full_attention")
     for i, weights in enumerate(out.attentions):
         close(weights[0], official[f"attention_{i}"])

@@ -8,15 +8,17 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ._version import __version__
-from .config import DEFAULT_MAX_TOKENS, GenerationConfig, ImageOptions, Sampling
+from .config import DEFAULT_MAX_TOKENS, CacheOptions, GenerationConfig, ImageOptions, Sampling
 from .errors import Lfm2VlError, PromptError
 
 if TYPE_CHECKING:
     from .generate import GenerationResponse
     from .processor import Lfm2VlProcessor, Prompt
+
+T = TypeVar("T")
 
 DEFAULT_MODEL = "LiquidAI/LFM2.5-VL-450M"
 BAD_INPUT = 2  # exit code
@@ -80,12 +82,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verbose", "-v", action="store_true", help="print settings and statistics on stderr"
     )
-    _add_sampling(parser.add_argument_group("sampling (default: the checkpoint's recommendation)"))
-    _add_image_options(parser.add_argument_group("images (default: the checkpoint's settings)"))
+    add_sampling(parser)
+    add_image_options(parser)
+    add_cache_options(parser)
     return parser
 
 
-def _add_sampling(group: argparse._ArgumentGroup) -> None:
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Flags of `Sampling`, and the seed."""
+    group = parser.add_argument_group("sampling (default: the checkpoint's recommendation)")
     group.add_argument(
         "--temp",
         "--temperature",
@@ -101,7 +106,9 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=int, help="makes sampling repeatable")
 
 
-def _add_image_options(group: argparse._ArgumentGroup) -> None:
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Flags of `ImageOptions`."""
+    group = parser.add_argument_group("images (default: the checkpoint's settings)")
     group.add_argument("--min-image-tokens", type=int, help="least tokens of a view")
     group.add_argument("--max-image-tokens", type=int, help="most tokens of a view")
     group.add_argument("--min-tiles", type=int, help="least tiles of a large image")
@@ -120,6 +127,32 @@ def _add_image_options(group: argparse._ArgumentGroup) -> None:
         group.add_argument(
             flag, dest=name, default=None, action=argparse.BooleanOptionalAction, help=text
         )
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """Flags of `CacheOptions`."""
+    group = parser.add_argument_group("memory (default: keep every position as it is)")
+    group.add_argument(
+        "--max-kv-size",
+        type=int,
+        help="positions that attention layers keep: the first ones and a sliding window",
+    )
+    group.add_argument(
+        "--keep", type=int, help="first positions that never leave (default: the whole prompt)"
+    )
+    group.add_argument("--kv-bits", type=int, help="store keys and values with 4 or 8 bits")
+    group.add_argument("--kv-group-size", type=int, help="values that share a scale (default: 64)")
+    group.add_argument(
+        "--quantized-kv-start",
+        type=int,
+        help="position from which on --kv-bits holds (default: 5000)",
+    )
+
+
+def options_from(args: argparse.Namespace, kind: type[T]) -> T:
+    """An options object from the flags of its fields; None keeps its defaults."""
+    stated = {f.name: getattr(args, f.name) for f in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in stated.items() if value is not None})
 
 
 def _positive(text: str) -> int:
@@ -153,7 +186,8 @@ def run(args: argparse.Namespace) -> None:
     """Does what the arguments ask for; errors are exceptions."""
     messages = _messages(args)
     images = [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
-    options = ImageOptions(**{f.name: getattr(args, f.name) for f in fields(ImageOptions)})
+    image_options = options_from(args, ImageOptions)
+    cache_options = options_from(args, CacheOptions)
     stated = {f.name: getattr(args, f.name) for f in fields(Sampling)}
     Sampling().override(**stated)  # a wrong value is told before the model is loaded
 
@@ -161,7 +195,7 @@ def run(args: argparse.Namespace) -> None:
     from .loading import load
 
     model, processor = load(args.model, dtype=args.dtype, revision=args.revision)
-    prompt = processor(messages, images, image_options=options)
+    prompt = processor(messages, images, image_options=image_options)
     if args.verbose:
         _write_settings(processor.generation_config, stated)
     responses = stream_generate(
@@ -171,6 +205,7 @@ def run(args: argparse.Namespace) -> None:
         max_tokens=args.max_tokens,
         seed=args.seed,
         stop=args.stop,
+        cache_options=cache_options,
         measure_vision=args.verbose or args.json,
         **stated,
     )

@@ -191,6 +191,7 @@ def _layer_types(reader: _Reader, layers: int) -> tuple[str, ...]:
     known = set(types) <= {"full_attention", "conv"} and len(types) == layers
     reader.check(known, "layer_types", types, f"{layers} times full_attention or conv")
     found = [i for i, kind in enumerate(types) if kind == "full_attention"]
+    reader.check(len(found) > 0, "layer_types", types, "with one full_attention or more")
     if indices is not None and sorted(indices) != found:
         raise ConfigError(
             f"{reader.file}: layer_types has attention at {found}, full_attn_idxs says {indices}"
@@ -429,6 +430,44 @@ class Sampling:
         }
         base = Sampling() if temperature == 0 else self
         return replace(base, **{key: value for key, value in stated.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How attention layers remember; convolutions keep their few inputs in any case.
+
+    Attributes:
+        max_kv_size: positions that an attention layer keeps at most; None keeps all.
+        keep: how many first positions of these never leave; None takes the whole prompt.
+        kv_bits: 4 or 8 stores keys and values as integers.
+        kv_group_size: values that share a scale, along the head dimension.
+        quantized_kv_start: position from which on they are integers, as in mlx-lm.
+    """
+
+    max_kv_size: int | None = None
+    keep: int | None = None
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = 5000
+
+    def __post_init__(self) -> None:
+        size, keep = self.max_kv_size, self.keep
+        checks = (
+            (size is None or size >= 2, "max_kv_size", size, "2 or more"),
+            (keep is None or size is not None, "keep", keep, "left out without max_kv_size"),
+            (keep is None or size is None or 0 <= keep < size, "keep", keep,
+             f"0 or more, and below max_kv_size ({size})"),
+            (self.kv_bits in (None, 4, 8), "kv_bits", self.kv_bits, "4 or 8"),
+            (self.kv_bits is None or size is None, "kv_bits", self.kv_bits,
+             "left out with max_kv_size: a rotating cache is not quantized"),
+            (self.kv_group_size in (32, 64, 128), "kv_group_size", self.kv_group_size,
+             "32, 64 or 128"),
+            (self.quantized_kv_start >= 0, "quantized_kv_start", self.quantized_kv_start,
+             "0 or more"),
+        )  # fmt: skip
+        for good, key, value, right in checks:
+            if not good:
+                raise ConfigError(f"cache: {key} is {value}; it must be {right}")
 
 
 # What the model cards recommend; most generation_config.json files hold only token ids

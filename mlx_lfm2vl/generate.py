@@ -15,8 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .cache import Cache
-from .config import DEFAULT_MAX_TOKENS, ImageOptions
+from .cache import Cache, quantize_caches
+from .config import DEFAULT_MAX_TOKENS, CacheOptions, ImageOptions
 from .errors import PromptError
 from .image_processor import NO_OPTIONS, ImageInput
 from .language import Lfm2ForCausalLM
@@ -26,6 +26,7 @@ from .sampling import LogitsProcessor, Sampler, from_settings
 
 PREFILL_STEP_SIZE = 2048  # positions
 CLEAR_CACHE_EVERY = 256  # tokens
+NO_CACHE_OPTIONS = CacheOptions()
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def generate_step(
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
     prompt_cache: list[Cache] | None = None,
+    cache_options: CacheOptions = NO_CACHE_OPTIONS,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     input_embeddings: mx.array | None = None,
 ) -> Iterator[tuple[int, mx.array]]:
@@ -84,15 +86,18 @@ def generate_step(
         sampler: log-probabilities (batch, vocab) -> tokens (batch,); greedy by default.
         logits_processors: see `sampling`.
         prompt_cache: a cache to go on from, filled in place.
+        cache_options: how attention layers remember; a rotating cache pins the prompt.
         prefill_step_size: positions of the prompt that go through the model at once.
         input_embeddings: (tokens, hidden), to use instead of the prompt's own.
     """
     language_model = model.language_model if "language_model" in model else model
-    cache = language_model.make_cache() if prompt_cache is None else prompt_cache
+    cache = prompt_cache
+    if cache is None:
+        cache = language_model.make_cache(cache_options, len(prompt))
     tokens = prompt if isinstance(prompt, mx.array) else mx.array(list(prompt))
     if input_embeddings is None:
         input_embeddings = language_model.embed(tokens)
-    step = _Step(language_model, cache, sampler, list(logits_processors), tokens)
+    step = _Step(language_model, cache, cache_options, sampler, list(logits_processors), tokens)
     y, logprobs = step.prefill(input_embeddings, prefill_step_size)
     mx.async_eval(y)
     for n in range(1, max_tokens + 1):
@@ -114,12 +119,14 @@ class _Step:
         self,
         language_model: Lfm2ForCausalLM,
         cache: list[Cache],
+        cache_options: CacheOptions,
         sampler: Sampler | None,
         logits_processors: list[LogitsProcessor],
         tokens: mx.array,
     ) -> None:
         self.language_model = language_model
         self.cache = cache
+        self.cache_options = cache_options
         self.sampler = sampler
         self.logits_processors = logits_processors
         self.tokens = tokens
@@ -128,6 +135,7 @@ class _Step:
         """(tokens, hidden) -> first token (1,) and its log-probabilities (vocab,)."""
         for start in range(0, len(embeddings) - step_size, step_size):
             self.language_model.model(embeddings[None, start : start + step_size], self.cache)
+            quantize_caches(self.cache, self.cache_options)
             mx.async_eval([entry.state for entry in self.cache])
         rest = (len(embeddings) - 1) % step_size + 1
         return self._choose(embeddings[None, -rest:])
@@ -140,6 +148,7 @@ class _Step:
 
     def _choose(self, embeddings: mx.array) -> tuple[mx.array, mx.array]:
         hidden = self.language_model.model(embeddings, self.cache).last_hidden_state
+        quantize_caches(self.cache, self.cache_options)
         logits = self.language_model.logits(hidden[:, -1])  # (1, vocab), the last position only
         for processor in self.logits_processors:
             logits = processor(self.tokens, logits)
@@ -166,6 +175,7 @@ def stream_generate(
     stop: str | Sequence[str] = (),
     tools: Sequence[Mapping[str, Any]] | None = None,
     image_options: ImageOptions = NO_OPTIONS,
+    cache_options: CacheOptions = NO_CACHE_OPTIONS,
     measure_vision: bool = False,
 ) -> Iterator[GenerationResponse]:
     """Yields an answer piece by piece.
@@ -181,6 +191,7 @@ def stream_generate(
         stop: texts that end the answer; they are not part of it.
         tools: JSON schemas of functions the model may call.
         image_options: changes of the checkpoint's image settings.
+        cache_options: bounds or quantizes what attention layers remember.
         measure_vision: wait for the vision tower, to tell its time; costs a little speed.
 
     Raises:
@@ -195,9 +206,7 @@ def stream_generate(
     sampling = processor.generation_config.sampling.override(
         temperature, top_p, top_k, min_p, repetition_penalty, repetition_context_size
     )
-    sampler, logits_processors = from_settings(sampling)
-    if seed is not None:
-        mx.random.seed(seed)
+    sampler, logits_processors = from_settings(sampling, seed)
     clock = _Clock(prompt, measure_vision)
     answer = _Answer(processor, [stop] if isinstance(stop, str) else list(stop), max_tokens)
     with wired_limit(model):
@@ -206,8 +215,9 @@ def stream_generate(
             prompt.token_ids,
             model,
             max_tokens=max_tokens,
-            sampler=sampler if sampling.temperature > 0 else None,
+            sampler=sampler,
             logits_processors=logits_processors,
+            cache_options=cache_options,
             input_embeddings=embeddings,
         ):
             text, finish_reason = answer.add(token)
@@ -233,6 +243,7 @@ def generate(
     stop: str | Sequence[str] = (),
     tools: Sequence[Mapping[str, Any]] | None = None,
     image_options: ImageOptions = NO_OPTIONS,
+    cache_options: CacheOptions = NO_CACHE_OPTIONS,
 ) -> str:
     """The whole answer as a text. Arguments and errors are those of `stream_generate`."""
     responses = stream_generate(
@@ -251,6 +262,7 @@ def generate(
         stop=stop,
         tools=tools,
         image_options=image_options,
+        cache_options=cache_options,
     )
     return "".join(response.text for response in responses)
 

@@ -12,17 +12,18 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import Cache, ConvCache, KVCache
-from .config import Lfm2Config
+from .cache import Cache, ConvCache, Quantized, make_attention_cache, quantized_attention
+from .config import CacheOptions, Lfm2Config
 
 
 class Rotary(NamedTuple):
     """Where the tokens stand: after `offset` others, or at explicit angles.
 
-    cos and sin are (batch, 1, tokens, head dim), None where positions simply count up.
+    `offset` is an int, or (batch,) where rows differ. cos and sin are (batch, 1, tokens, head
+    dim), None where positions simply count up.
     """
 
-    offset: int
+    offset: int | mx.array
     cos: mx.array | None = None
     sin: mx.array | None = None
 
@@ -75,7 +76,7 @@ class Lfm2Attention(nn.Module):
         x: mx.array,
         masks: Masks,
         rotary: Rotary,
-        cache: KVCache | None = None,
+        cache: Any = None,  # one of `cache.AttentionCache`
         attentions: list[mx.array] | None = None,
     ) -> mx.array:
         batch, length, _ = x.shape
@@ -89,11 +90,16 @@ class Lfm2Attention(nn.Module):
         queries, keys = self._rotate(queries, rotary), self._rotate(keys, rotary)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        if attentions is not None:
-            attentions.append(self._weights(queries, keys, masks.attention))
-        out = mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=self.scale, mask=masks.attention
-        )
+        if isinstance(keys, Quantized):
+            out = quantized_attention(
+                queries, keys, values, masks.attention, self.scale, cache.group_size, cache.bits
+            )
+        else:
+            out = mx.fast.scaled_dot_product_attention(
+                queries, keys, values, scale=self.scale, mask=masks.attention
+            )
+            if attentions is not None:
+                attentions.append(self._weights(queries, keys, masks.attention))
         return self.out_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
     def _rotate(self, x: mx.array, rotary: Rotary) -> mx.array:
@@ -207,6 +213,7 @@ class Lfm2Model(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.rope_theta = config.rope_theta
+        self.first_attention = config.layer_types.index("full_attention")
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Lfm2DecoderLayer(config, kind) for kind in config.layer_types]
         self.embedding_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -227,8 +234,8 @@ class Lfm2Model(nn.Module):
             attention_mask: (batch, positions so far and new), 1 on tokens and 0 on padding.
             position_ids: (batch, tokens); by default they count up from the cache's offset.
         """
-        offset = cache[0].offset if cache is not None else 0
-        masks = self._masks(embeddings.shape[1], offset, attention_mask)
+        masks = self._masks(embeddings.shape[1], cache, attention_mask)
+        offset = 0 if cache is None else cache[self.first_attention].offset
         rotary = self._rotary(offset, position_ids)
         hidden_states = [embeddings]
         attentions: list[mx.array] | None = [] if output_attentions else None
@@ -241,17 +248,22 @@ class Lfm2Model(nn.Module):
         hidden_states[-1] = x
         return Lfm2Output(x, hidden_states if output_hidden_states else None, attentions)
 
-    @staticmethod
-    def _masks(length: int, offset: int, attention_mask: mx.array | None) -> Masks:
+    def _masks(
+        self, length: int, cache: Sequence[Cache] | None, attention_mask: mx.array | None
+    ) -> Masks:
+        attention_cache: Any = None if cache is None else cache[self.first_attention]
         if attention_mask is None:
-            return Masks("causal" if length > 1 else None)
+            if attention_cache is None:
+                return Masks("causal" if length > 1 else None)
+            return Masks(attention_cache.make_mask(length))
         real = attention_mask.astype(mx.bool_)  # (batch, offset + length)
+        offset = real.shape[1] - length
         seen = causal_mask(length, offset) & real[:, None, None, :]
         # padding sees itself, or its softmax over nothing would spread NaN
         itself = mx.arange(length)[:, None] + offset == mx.arange(length + offset)
         return Masks(seen | itself, real[:, -length:, None])
 
-    def _rotary(self, offset: int, position_ids: mx.array | None) -> Rotary:
+    def _rotary(self, offset: int | mx.array, position_ids: mx.array | None) -> Rotary:
         if position_ids is None:
             return Rotary(offset)
         exponents = mx.arange(0, self.head_dim, 2, dtype=mx.float32) / self.head_dim
@@ -295,9 +307,22 @@ class Lfm2ForCausalLM(nn.Module):
     def layers(self) -> list[Lfm2DecoderLayer]:
         return self.model.layers
 
-    def make_cache(self) -> list[Cache]:
-        """An empty cache, one entry per layer."""
-        return [KVCache() if layer.is_attention_layer else ConvCache() for layer in self.layers]
+    def make_cache(
+        self, options: CacheOptions | None = None, prompt_length: int = 0
+    ) -> list[Cache]:
+        """An empty cache, one entry per layer.
+
+        Args:
+            options: how attention layers remember; by default everything.
+            prompt_length: positions of the prompt, which a rotating cache pins by default.
+        """
+        options = options if options is not None else CacheOptions()
+        return [
+            make_attention_cache(options, prompt_length)
+            if layer.is_attention_layer
+            else ConvCache()
+            for layer in self.layers
+        ]
 
 
 def causal_mask(length: int, offset: int) -> mx.array:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .cache import Cache
-from .config import ImageProcessorConfig, Lfm2VlConfig
+from .config import CacheOptions, ImageProcessorConfig, Lfm2VlConfig
 from .errors import PromptError
 from .language import Lfm2ForCausalLM
 from .projector import Lfm2VlMultiModalProjector
@@ -187,9 +187,11 @@ class Lfm2VlForConditionalGeneration(nn.Module):
         table = mx.concatenate([flat, image_features.astype(flat.dtype)])
         return table[mx.array(rows)].reshape(embeddings.shape)
 
-    def make_cache(self) -> list[Cache]:
-        """An empty cache for one batch, one entry per layer."""
-        return self.language_model.make_cache()
+    def make_cache(
+        self, options: CacheOptions | None = None, prompt_length: int = 0
+    ) -> list[Cache]:
+        """An empty cache; see `Lfm2ForCausalLM.make_cache`."""
+        return self.language_model.make_cache(options, prompt_length)
 
     @property
     def layers(self) -> list[Any]:

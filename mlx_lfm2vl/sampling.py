@@ -22,6 +22,7 @@ def make_sampler(
     min_p: float = 0.0,
     min_tokens_to_keep: int = 1,
     top_k: int = 0,
+    seed: int | None = None,
 ) -> Sampler:
     """A sampler; temperature 0 takes the most likely token.
 
@@ -31,18 +32,25 @@ def make_sampler(
         min_p: drop tokens below this fraction of the most likely one's probability.
         min_tokens_to_keep: how many `min_p` leaves at least.
         top_k: keep so many most likely tokens; 0 keeps all.
+        seed: draws from a key of its own, so that nothing else can change what comes; None draws
+            from MLX's global state.
     """
     if temp == 0:
         return lambda logprobs: mx.argmax(logprobs, axis=-1)
+    key = None if seed is None else mx.random.key(seed)
 
     def sampler(logprobs: mx.array) -> mx.array:
+        nonlocal key
         if 0 < top_p < 1:
             logprobs = apply_top_p(logprobs, top_p)
         if min_p > 0:
             logprobs = apply_min_p(logprobs, min_p, min_tokens_to_keep)
         if 0 < top_k < logprobs.shape[-1]:
             logprobs = apply_top_k(logprobs, top_k)
-        return mx.random.categorical(logprobs * (1 / temp))
+        draw = None
+        if key is not None:
+            key, draw = mx.random.split(key)
+        return mx.random.categorical(logprobs * (1 / temp), key=draw)
 
     return sampler
 
@@ -61,11 +69,15 @@ def make_logits_processors(
     return [make_repetition_penalty(repetition_penalty, repetition_context_size)]
 
 
-def from_settings(sampling: Sampling) -> tuple[Sampler, list[LogitsProcessor]]:
-    """Sampler and logits processors for a checkpoint's or a user's settings."""
-    sampler = make_sampler(
-        sampling.temperature, sampling.top_p, sampling.min_p, top_k=sampling.top_k
-    )
+def from_settings(
+    sampling: Sampling, seed: int | None = None
+) -> tuple[Sampler | None, list[LogitsProcessor]]:
+    """Sampler (None for greedy decoding) and logits processors for settings."""
+    sampler = None
+    if sampling.temperature > 0:
+        sampler = make_sampler(
+            sampling.temperature, sampling.top_p, sampling.min_p, top_k=sampling.top_k, seed=seed
+        )
     return sampler, make_logits_processors(
         sampling.repetition_penalty, sampling.repetition_context_size
     )

@@ -117,6 +117,8 @@ def test_unreachable_url(fails):
         (["--min-p", "2"], "min_p is 2"),
         (["--dtype", "int8"], "int8"),
         (["--stop", ""], "stop text is empty"),
+        (["--max-kv-size", "6"], "more than half of max_kv_size 6"),
+        (["--kv-bits", "5"], "kv_bits is 5"),
         (["--min-tiles", "4", "--max-tiles", "2", "--image", "x.png"], "max_tiles is 2"),
         (["--tile-size", "100", "--image", "x.png"], "tile_size is 100"),
         (["--max-image-tokens", "1", "--image", "x.png"], "max_image_tokens is 1"),

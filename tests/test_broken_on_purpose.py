@@ -83,10 +83,10 @@ def test_thumbnail_first(noticed, monkeypatch):
 def test_mask_of_padded_text_ignored(noticed, monkeypatch):
     right = language.Lfm2Model._masks
 
-    def ignoring(length, offset, attention_mask):
-        return right(length, offset, None)
+    def ignoring(self, length, cache, attention_mask):
+        return right(self, length, cache, None)
 
-    monkeypatch.setattr(language.Lfm2Model, "_masks", staticmethod(ignoring))
+    monkeypatch.setattr(language.Lfm2Model, "_masks", ignoring)
     # nothing real comes after padding on the right, so only the left side can show it
     noticed(parity.test_padding_on_either_side, "left")
     noticed(parity.test_padding_with_a_cache)
@@ -96,12 +96,11 @@ def test_mask_of_padded_text_ignored(noticed, monkeypatch):
 def test_half_of_the_mask_ignored(part, noticed, monkeypatch):
     right = language.Lfm2Model._masks
 
-    def half(length, offset, attention_mask):
-        return right(length, offset, attention_mask)._replace(
-            **{part: right(length, offset, None)._asdict()[part]}
-        )
+    def half(self, length, cache, attention_mask):
+        ignored = right(self, length, cache, None)._asdict()[part]
+        return right(self, length, cache, attention_mask)._replace(**{part: ignored})
 
-    monkeypatch.setattr(language.Lfm2Model, "_masks", staticmethod(half))
+    monkeypatch.setattr(language.Lfm2Model, "_masks", half)
     noticed(parity.test_padding_on_either_side, "left")
 
 

@@ -120,6 +120,21 @@ def test_image_switches_reach_the_processor(flags, fewer, run, photo):
     assert (length(*flags) < length()) if fewer else (length(*flags) > length())
 
 
+def test_memory_flags_reach_the_cache(run, loaded):
+    from mlx_lfm2vl.config import CacheOptions
+
+    size = 2 * len(loaded()[1]("Count").token_ids)
+    flags = ("-p", "Count", "--temp", 0, "-m", 90)
+    out, _ = run(*flags, "--max-kv-size", size)
+    options = CacheOptions(size)
+    assert out.rstrip("\n") == generate(
+        *loaded(), "Count", temperature=0, max_tokens=90, cache_options=options
+    ).rstrip("\n")
+    assert out != run(*flags)[0], "the window changed nothing"
+    kept, _ = run(*flags, "--max-kv-size", size, "--keep", 2)
+    assert kept != out
+
+
 def test_odd_images_are_answered(run, tmp_path):
     rgb = Image.fromarray(picture(60, 40))
     rgb.convert("CMYK").save(tmp_path / "cmyk.jpg")

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .config import ImageOptions, ImageProcessorConfig, Lfm2VlConfig, Sampling
+    from .config import CacheOptions, ImageOptions, ImageProcessorConfig, Lfm2VlConfig, Sampling
     from .errors import (
         ConfigError,
         ImageError,
         Lfm2VlError,
         ModelNotFoundError,
         PromptError,
+        SnapshotError,
         WeightsError,
     )
     from .generate import GenerationResponse, generate, stream_generate
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
     from .loading import load
     from .model import Lfm2VlForConditionalGeneration, Lfm2VlOutput
     from .processor import Lfm2VlProcessor, Prompt
+    from .session import Session, Usage
 
 # name -> module; imported when first used, so that `import mlx_lfm2vl` costs next to nothing
 _EXPORTS = {
+    "CacheOptions": "config",
     "ConfigError": "errors",
     "GenerationResponse": "generate",
     "ImageError": "errors",
@@ -41,6 +44,9 @@ _EXPORTS = {
     "Prompt": "processor",
     "PromptError": "errors",
     "Sampling": "config",
+    "Session": "session",
+    "SnapshotError": "errors",
+    "Usage": "session",
     "WeightsError": "errors",
     "generate": "generate",
     "load": "loading",
@@ -48,6 +54,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "CacheOptions",
     "ConfigError",
     "GenerationResponse",
     "ImageError",
@@ -63,6 +70,9 @@ __all__ = [
     "Prompt",
     "PromptError",
     "Sampling",
+    "Session",
+    "SnapshotError",
+    "Usage",
     "WeightsError",
     "__version__",
     "generate",

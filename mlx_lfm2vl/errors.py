@@ -23,3 +23,7 @@ class ImageError(Lfm2VlError, ValueError):
 
 class PromptError(Lfm2VlError, ValueError):
     """A prompt, a conversation or a generation setting makes no sense."""
+
+
+class SnapshotError(Lfm2VlError, ValueError):
+    """A saved session is damaged, of another version, or of another model."""

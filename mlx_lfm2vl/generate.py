@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .cache import Cache, quantize_caches
-from .config import DEFAULT_MAX_TOKENS, CacheOptions, ImageOptions
+from .config import DEFAULT_MAX_TOKENS, CacheOptions, ImageOptions, Sampling
 from .errors import PromptError
 from .image_processor import NO_OPTIONS, ImageInput
 from .language import Lfm2ForCausalLM
@@ -64,6 +64,22 @@ class GenerationResponse:
     time_to_first_token: float
 
 
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How long an answer may be, how its tokens are chosen, and what ends it."""
+
+    max_tokens: int
+    sampling: Sampling
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise PromptError(f"max_tokens is {self.max_tokens}; it must be 1 or more")
+        if not all(self.stop):
+            raise PromptError("a stop text is empty; it would end every answer at once")
+
+
 def generate_step(
     prompt: mx.array | Sequence[int],
     model: Lfm2VlForConditionalGeneration | Lfm2ForCausalLM,
@@ -85,10 +101,11 @@ def generate_step(
         max_tokens: how many tokens at most.
         sampler: log-probabilities (batch, vocab) -> tokens (batch,); greedy by default.
         logits_processors: see `sampling`.
-        prompt_cache: a cache to go on from, filled in place.
+        prompt_cache: a cache to go on from, filled in place. What it holds of the prompt already
+            is left out of `input_embeddings`.
         cache_options: how attention layers remember; a rotating cache pins the prompt.
         prefill_step_size: positions of the prompt that go through the model at once.
-        input_embeddings: (tokens, hidden), to use instead of the prompt's own.
+        input_embeddings: (tokens, hidden), to use instead of the prompt's own; at least one.
     """
     language_model = model.language_model if "language_model" in model else model
     cache = prompt_cache
@@ -112,6 +129,20 @@ def generate_step(
         y, logprobs = next_y, next_logprobs
 
 
+def read_embeddings(
+    language_model: Lfm2ForCausalLM,
+    embeddings: mx.array,
+    cache: list[Cache],
+    cache_options: CacheOptions = NO_CACHE_OPTIONS,
+    step_size: int = PREFILL_STEP_SIZE,
+) -> None:
+    """Fills a cache with (tokens, hidden), piece by piece, without any logits."""
+    for start in range(0, len(embeddings), step_size):
+        language_model.model(embeddings[None, start : start + step_size], cache)
+        quantize_caches(cache, cache_options)
+        mx.async_eval([entry.state for entry in cache])
+
+
 class _Step:
     """One pass through the language model and the sampler, all on the device."""
 
@@ -133,11 +164,10 @@ class _Step:
 
     def prefill(self, embeddings: mx.array, step_size: int) -> tuple[mx.array, mx.array]:
         """(tokens, hidden) -> first token (1,) and its log-probabilities (vocab,)."""
-        for start in range(0, len(embeddings) - step_size, step_size):
-            self.language_model.model(embeddings[None, start : start + step_size], self.cache)
-            quantize_caches(self.cache, self.cache_options)
-            mx.async_eval([entry.state for entry in self.cache])
         rest = (len(embeddings) - 1) % step_size + 1
+        read_embeddings(
+            self.language_model, embeddings[:-rest], self.cache, self.cache_options, step_size
+        )
         return self._choose(embeddings[None, -rest:])
 
     def __call__(self, y: mx.array) -> tuple[mx.array, mx.array]:
@@ -175,6 +205,7 @@ def stream_generate(
     stop: str | Sequence[str] = (),
     tools: Sequence[Mapping[str, Any]] | None = None,
     image_options: ImageOptions = NO_OPTIONS,
+    image_features: mx.array | None = None,
     cache_options: CacheOptions = NO_CACHE_OPTIONS,
     measure_vision: bool = False,
 ) -> Iterator[GenerationResponse]:
@@ -191,14 +222,14 @@ def stream_generate(
         stop: texts that end the answer; they are not part of it.
         tools: JSON schemas of functions the model may call.
         image_options: changes of the checkpoint's image settings.
+        image_features: what `model.encode_images` gave for these images, so that they are not
+            encoded again.
         cache_options: bounds or quantizes what attention layers remember.
         measure_vision: wait for the vision tower, to tell its time; costs a little speed.
 
     Raises:
         PromptError, ImageError, ConfigError: what was asked makes no sense or cannot be read.
     """
-    if max_tokens < 1:
-        raise PromptError(f"max_tokens is {max_tokens}; it must be 1 or more")
     if not isinstance(prompt, Prompt):
         prompt = processor(prompt, images, tools=tools, image_options=image_options)
     elif images is not None or tools is not None:
@@ -206,24 +237,55 @@ def stream_generate(
     sampling = processor.generation_config.sampling.override(
         temperature, top_p, top_k, min_p, repetition_penalty, repetition_context_size
     )
-    sampler, logits_processors = from_settings(sampling, seed)
-    clock = _Clock(prompt, measure_vision)
-    answer = _Answer(processor, [stop] if isinstance(stop, str) else list(stop), max_tokens)
+    options = AnswerOptions(max_tokens, sampling, seed, _texts(stop))
+    clock = Clock(prompt)
+    if image_features is None:
+        image_features = clock.encode(model, measure_vision)
     with wired_limit(model):
-        embeddings = model.embed(prompt.token_ids, clock.encode(model))[0]
-        for token, logprobs in generate_step(
-            prompt.token_ids,
-            model,
-            max_tokens=max_tokens,
-            sampler=sampler,
-            logits_processors=logits_processors,
-            cache_options=cache_options,
-            input_embeddings=embeddings,
-        ):
-            text, finish_reason = answer.add(token)
-            yield clock.response(text, token, logprobs, finish_reason)
-            if finish_reason is not None:
-                return
+        cache = model.make_cache(cache_options, len(prompt.token_ids))
+        embeddings = model.embed(prompt.token_ids, image_features)[0]
+        yield from stream_answer(
+            model, processor, prompt, options, cache, embeddings, clock, cache_options
+        )
+
+
+def stream_answer(
+    model: Lfm2VlForConditionalGeneration,
+    processor: Lfm2VlProcessor,
+    prompt: Prompt,
+    options: AnswerOptions,
+    cache: list[Cache],
+    embeddings: mx.array,
+    clock: Clock,
+    cache_options: CacheOptions = NO_CACHE_OPTIONS,
+) -> Iterator[GenerationResponse]:
+    """Yields an answer to a prompt whose first positions may be in the cache already.
+
+    Args:
+        cache: filled in place; afterwards it holds the prompt and the tokens that were read.
+        embeddings: (rest, hidden) of the positions that are not in the cache.
+        clock: started when the question came.
+    """
+    answer = _Answer(processor, options)
+    sampler, logits_processors = from_settings(options.sampling, options.seed)
+    for token, logprobs in generate_step(
+        prompt.token_ids,
+        model,
+        max_tokens=options.max_tokens,
+        sampler=sampler,
+        logits_processors=logits_processors,
+        prompt_cache=cache,
+        cache_options=cache_options,
+        input_embeddings=embeddings,
+    ):
+        text, finish_reason = answer.add(token)
+        yield clock.response(text, token, logprobs, finish_reason)
+        if finish_reason is not None:
+            return
+
+
+def _texts(stop: str | Sequence[str]) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 def generate(
@@ -243,6 +305,7 @@ def generate(
     stop: str | Sequence[str] = (),
     tools: Sequence[Mapping[str, Any]] | None = None,
     image_options: ImageOptions = NO_OPTIONS,
+    image_features: mx.array | None = None,
     cache_options: CacheOptions = NO_CACHE_OPTIONS,
 ) -> str:
     """The whole answer as a text. Arguments and errors are those of `stream_generate`."""
@@ -262,6 +325,7 @@ def generate(
         stop=stop,
         tools=tools,
         image_options=image_options,
+        image_features=image_features,
         cache_options=cache_options,
     )
     return "".join(response.text for response in responses)
@@ -270,15 +334,13 @@ def generate(
 class _Answer:
     """Turns tokens into text and knows when to end."""
 
-    def __init__(self, processor: Lfm2VlProcessor, stop: list[str], max_tokens: int) -> None:
-        if not all(stop):
-            raise PromptError("a stop text is empty; it would end every answer at once")
+    def __init__(self, processor: Lfm2VlProcessor, options: AnswerOptions) -> None:
         tokenizer = processor.tokenizer
         ids = processor.generation_config.eos_token_ids
         self.eos_token_ids = frozenset(ids if ids else (tokenizer.eos_token_id,))
         self.detokenizer = tokenizer.detokenizer()
-        self.stop = stop
-        self.left = max_tokens
+        self.stop = options.stop
+        self.left = options.max_tokens
         self.held = ""  # text that may be the beginning of a stop text
 
     def add(self, token: int) -> tuple[str, str | None]:
@@ -311,23 +373,22 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-class _Clock:
-    """Measures one answer."""
+class Clock:
+    """Measures one answer, from the moment it is made."""
 
-    def __init__(self, prompt: Prompt, measure_vision: bool) -> None:
+    def __init__(self, prompt: Prompt) -> None:
         self.prompt = prompt
-        self.measure_vision = measure_vision
         self.vision_time: float | None = None
         self.start = time.perf_counter()
         self.first = 0.0
         self.tokens = 0
 
-    def encode(self, model: Lfm2VlForConditionalGeneration) -> mx.array | None:
+    def encode(self, model: Lfm2VlForConditionalGeneration, wait: bool) -> mx.array | None:
         """Image tokens (image tokens, hidden), or None without images."""
         if self.prompt.pixel_values is None:
             return None
         features = model.encode_images(self.prompt.pixel_values, self.prompt.spatial_shapes)
-        if self.measure_vision:
+        if wait:
             mx.eval(features)
             self.vision_time = time.perf_counter() - self.start
         return features

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Union
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-ImageInput = Union[str, Path, bytes, BinaryIO, "Image.Image", "np.ndarray[Any, Any]"]
+RawImage = Union[str, Path, bytes, BinaryIO, "Image.Image", "np.ndarray[Any, Any]"]
+ImageInput = Union[RawImage, "ProcessedImage"]
 
 URL_TIMEOUT = 30.0  # seconds
 NO_OPTIONS = ImageOptions()
@@ -49,11 +50,24 @@ class ProcessedImage:
         pixel_values: (patches of all views, 3·16²) uint8.
         spatial_shapes: (rows, columns) in patches, one per view.
         layout: where the views come from.
+        view_tokens: image tokens of each view.
+        use_image_special_tokens: whether marks stand around and between the views.
     """
 
     pixel_values: np.ndarray[Any, Any]
     spatial_shapes: tuple[tuple[int, int], ...]
     layout: ImageLayout
+    view_tokens: tuple[int, ...]
+    use_image_special_tokens: bool
+
+    @cached_property
+    def digest(self) -> str:
+        """A fingerprint of everything that the model sees of this image."""
+        import hashlib
+
+        content = hashlib.blake2b(self.pixel_values.tobytes(), digest_size=16)
+        content.update(repr((self.spatial_shapes, self.use_image_special_tokens)).encode())
+        return content.hexdigest()
 
 
 class Lfm2VlImageProcessor:
@@ -67,7 +81,7 @@ class Lfm2VlImageProcessor:
         self.config = config
 
     def __call__(self, image: ImageInput, options: ImageOptions = NO_OPTIONS) -> ProcessedImage:
-        """Loads, turns upright, resizes and cuts one image.
+        """Loads, turns upright, resizes and cuts one image; one that was cut before stays as it is.
 
         Raises:
             ImageError: the image cannot be read.
@@ -75,6 +89,8 @@ class Lfm2VlImageProcessor:
         """
         import numpy as np
 
+        if isinstance(image, ProcessedImage):
+            return image
         config = options.apply(self.config)
         picture = load_image(image)
         layout = self.layout(picture.height, picture.width, options)
@@ -87,7 +103,13 @@ class Lfm2VlImageProcessor:
             height, width = layout.whole
             parts.append(_patches(self._resize(picture, height, width), 1, 1, factor))
             shapes.append((height // factor, width // factor))
-        return ProcessedImage(np.concatenate(parts), tuple(shapes), layout)
+        return ProcessedImage(
+            np.concatenate(parts),
+            tuple(shapes),
+            layout,
+            tuple(self.view_tokens(layout, options)),
+            config.use_image_special_tokens,
+        )
 
     def smart_resize(
         self, height: int, width: int, options: ImageOptions = NO_OPTIONS
@@ -222,7 +244,7 @@ def _patches(
     return tiles.transpose(0, 3, 1, 4, 2, 5, 6).reshape(-1, patch * patch * 3)
 
 
-def load_image(image: ImageInput) -> Image.Image:
+def load_image(image: RawImage) -> Image.Image:
     """Opens an image and returns it upright in RGB.
 
     Takes a path, an http(s) or data URL, encoded bytes, a binary file object, a Pillow image or

@@ -12,7 +12,6 @@ from .errors import PromptError
 from .image_processor import (
     NO_OPTIONS,
     ImageInput,
-    ImageLayout,
     Lfm2VlImageProcessor,
     ProcessedImage,
     marks_of,
@@ -123,7 +122,7 @@ class Lfm2VlProcessor:
                 "messages whose content it prints"
             )
         processed = [self.image_processor(picture, image_options) for picture in pictures]
-        return self._expand(token_ids, processed, image_options)
+        return self._expand(token_ids, processed)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Ids to text."""
@@ -135,17 +134,15 @@ class Lfm2VlProcessor:
         """`decode` for each sequence."""
         return self.tokenizer.batch_decode(sequences, skip_special_tokens)
 
-    def image_token_ids(self, layout: ImageLayout, options: ImageOptions = NO_OPTIONS) -> list[int]:
+    def image_token_ids(self, image: ProcessedImage) -> list[int]:
         """The tokens of one image: marks, and a run of image tokens for each view.
 
         Tiles come row by row, each after `<|img_row_R_col_C|>`; the thumbnail comes last.
         """
-        tokenizer = self.tokenizer
-        marked = options.apply(self.image_processor.config).use_image_special_tokens
-        tokens = self.image_processor.view_tokens(layout, options)
-        if not marked:
-            return [tokenizer.image_token_id] * sum(tokens)
-        marks: list[list[int]] = [[] for _ in tokens]
+        tokenizer, layout = self.tokenizer, image.layout
+        if not image.use_image_special_tokens:
+            return [tokenizer.image_token_id] * sum(image.view_tokens)
+        marks: list[list[int]] = [[] for _ in image.view_tokens]
         if marks_of(layout):
             marks = [
                 [tokenizer.tile_token_id(row, col)]
@@ -155,17 +152,14 @@ class Lfm2VlProcessor:
             if layout.whole is not None:
                 marks.append([tokenizer.token_id(tokenizer.image_thumbnail_token)])
         ids = [tokenizer.token_id(tokenizer.image_start_token)]
-        for mark, count in zip(marks, tokens, strict=True):
+        for mark, count in zip(marks, image.view_tokens, strict=True):
             ids += [*mark, *[tokenizer.image_token_id] * count]
         return [*ids, tokenizer.token_id(tokenizer.image_end_token)]
 
-    def _expand(
-        self, token_ids: list[int], processed: list[ProcessedImage], options: ImageOptions
-    ) -> Prompt:
+    def _expand(self, token_ids: list[int], processed: list[ProcessedImage]) -> Prompt:
         """Puts each image's tokens in the place of its single `<image>`."""
         ids: list[int] = []
         spans: list[ImageSpan] = []
-        shapes: list[tuple[int, int]] = []
         waiting = iter(processed)
         for token in token_ids:
             if token != self.tokenizer.image_token_id:
@@ -173,16 +167,16 @@ class Lfm2VlProcessor:
                 continue
             image = next(waiting)
             start = len(ids)
-            ids += self.image_token_ids(image.layout, options)
-            tokens = sum(self.image_processor.view_tokens(image.layout, options))
-            spans.append(ImageSpan(start, len(ids), tokens, len(image.spatial_shapes)))
-            shapes += image.spatial_shapes
+            ids += self.image_token_ids(image)
+            tokens, views = sum(image.view_tokens), len(image.spatial_shapes)
+            spans.append(ImageSpan(start, len(ids), tokens, views))
         if not processed:
             return Prompt(ids)
         import numpy as np
 
         pixel_values = np.concatenate([image.pixel_values for image in processed])
-        return Prompt(ids, pixel_values, tuple(shapes), tuple(spans))
+        shapes = tuple(shape for image in processed for shape in image.spatial_shapes)
+        return Prompt(ids, pixel_values, shapes, tuple(spans))
 
     def _gather(
         self, messages: Conversation, images: ImageInput | Sequence[ImageInput] | None

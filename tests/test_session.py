@@ -1,0 +1,369 @@
+"""Sessions: what was read is not read again, and answers are those of a run from scratch."""
+
+import json
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+
+from mlx_lfm2vl import (
+    CacheOptions,
+    ImageError,
+    ImageOptions,
+    PromptError,
+    Sampling,
+    Session,
+    SnapshotError,
+    generate,
+    load,
+)
+from mlx_lfm2vl.language import Lfm2Model
+from mlx_lfm2vl.model import Lfm2VlForConditionalGeneration
+
+from .checkpoints.pictures import picture
+from .conftest import FIXTURES
+
+GREEDY = Sampling()
+
+
+class Counts:
+    """Views that went through the encoder, and positions through the language model."""
+
+    def __init__(self) -> None:
+        self.views = 0
+        self.positions = 0
+
+    def clear(self) -> None:
+        self.views = self.positions = 0
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    counts = Counts()
+    encode, forward = Lfm2VlForConditionalGeneration.encode_images, Lfm2Model.__call__
+
+    def counting_encode(self, pixel_values, spatial_shapes):
+        counts.views += len(spatial_shapes)
+        return encode(self, pixel_values, spatial_shapes)
+
+    def counting_forward(self, embeddings, *args, **kwargs):
+        counts.positions += embeddings.shape[1]
+        return forward(self, embeddings, *args, **kwargs)
+
+    monkeypatch.setattr(Lfm2VlForConditionalGeneration, "encode_images", counting_encode)
+    monkeypatch.setattr(Lfm2Model, "__call__", counting_forward)
+    return counts
+
+
+def ask(session, question, tokens=6):
+    return session.ask(question, sampling=GREEDY, max_tokens=tokens)
+
+
+def send(session, message, tokens=6):
+    return session.send(message, sampling=GREEDY, max_tokens=tokens)
+
+
+def from_scratch(loaded, messages, tokens=6, **options):
+    return generate(*loaded(), messages, temperature=0, max_tokens=tokens, **options)
+
+
+def turn(text, *images):
+    items = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*items, {"type": "text", "text": text}]}
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+RED, BLUE = picture(60, 40, 1), picture(60, 40, 2)
+
+
+def test_a_second_question_reads_only_its_text(loaded, counts):
+    session = Session(*loaded())
+    session.see(RED)
+    assert counts.views == 1
+    first = ask(session, "What is it?")
+    counts.clear()
+    answer = ask(session, "Where is the cat?", tokens=6)
+    assert counts.views == 0
+    prompt = loaded()[1]([turn("Where is the cat?", RED)])
+    new = len(prompt.token_ids) - prompt.image_spans[-1].stop
+    assert counts.positions == new + 5, "five tokens of the answer are read, the sixth is not"
+    assert session.usage.processed_tokens == new
+    assert session.usage.reused_tokens == prompt.image_spans[-1].stop
+    assert session.usage.encoded_images == 0
+    assert session.usage.generation_tokens == 6
+    counts.clear()
+    assert answer == from_scratch(loaded, [turn("Where is the cat?", RED)])
+    assert first == from_scratch(loaded, [turn("What is it?", RED)])
+
+
+def test_seeing_costs_what_it_says(loaded, counts):
+    session = Session(*loaded(), system="Be brief.")
+    session.see(picture(200, 130))
+    prompt = loaded()[1]([{"role": "system", "content": "Be brief."}, turn("?", picture(200, 130))])
+    assert session.usage.prompt_tokens == prompt.image_spans[0].stop == counts.positions
+    assert session.usage.encoded_images == 1
+    assert counts.views == len(prompt.spatial_shapes)
+
+
+def test_questions_do_not_enter_the_conversation(loaded):
+    session = Session(*loaded())
+    session.see(RED)
+    ask(session, "Remember the number 7.")
+    assert session.messages == []
+    assert ask(session, "Which number?") == from_scratch(loaded, [turn("Which number?", RED)])
+
+
+def test_turns_equal_a_run_from_scratch(loaded, counts):
+    session = Session(*loaded(), system="Be brief.")
+    session.see(RED)
+    history = [{"role": "system", "content": "Be brief."}]
+    for n, text in enumerate(("What is it?", "And where?", "How many?")):
+        counts.clear()
+        answer = send(session, text)
+        history.append(turn(text, *([RED] if n == 0 else [])))
+        views, positions = counts.views, counts.positions
+        assert views == 0
+        assert answer == from_scratch(loaded, history)
+        assert positions == session.usage.processed_tokens + 5
+        if n:
+            # at the least, everything up to the last image is there
+            assert session.usage.reused_tokens >= loaded()[1](history).image_spans[-1].stop
+        history.append(said(answer))
+    assert len(session.messages) == 7
+
+
+def test_a_turn_whose_answer_encodes_to_itself_is_not_read_again(loaded, counts, monkeypatch):
+    """The third turn reads exactly its own text, behind what was said."""
+    model, processor = loaded()
+    session = Session(model, processor)
+    session.see(RED)
+    wanted = processor.tokenizer.encode(" The cat sits on the table.")
+    eos = processor.tokenizer.eos_token_id
+
+    def speak(settings, seed=None):
+        script = iter([*wanted, eos, eos])
+        return lambda logprobs: mx.array([next(script)]), []
+
+    monkeypatch.setattr(sys.modules["mlx_lfm2vl.generate"], "from_settings", speak)
+    for n, text in enumerate(("What?", "Where?", "Who?")):
+        before = session.usage
+        answer = session.send(text, max_tokens=50)
+        assert answer == " The cat sits on the table."
+        if n:
+            everything = processor([*session.messages[:-2], session.messages[-2]])
+            spoken = before.prompt_tokens + len(wanted) + 1
+            assert session.usage.reused_tokens == spoken
+            assert session.usage.processed_tokens == len(everything.token_ids) - spoken
+
+
+def test_undo(loaded, counts):
+    session = Session(*loaded())
+    session.see(RED)
+    first = send(session, "What is it?")
+    send(session, "And where?")
+    session.undo()
+    counts.clear()
+    again = send(session, "How many?")
+    assert counts.views == 0
+    assert again == from_scratch(loaded, [turn("What is it?", RED), said(first), turn("How many?")])
+    session.undo()
+    session.undo()
+    assert session.messages == []
+    counts.clear()
+    assert send(session, "What is it?") == first
+    assert counts.views == 0
+    session.undo()
+    with pytest.raises(PromptError, match="no turn to undo"):
+        session.undo()
+
+
+def test_fork(loaded, counts):
+    session = Session(*loaded())
+    session.see(RED)
+    first = send(session, "What is it?")
+    counts.clear()
+    twin = session.fork()
+    answers = send(session, "Left?"), send(twin, "Right?")
+    assert counts.views == 0
+    history = [turn("What is it?", RED), said(first)]
+    assert answers[0] == from_scratch(loaded, [*history, turn("Left?")])
+    assert answers[1] == from_scratch(loaded, [*history, turn("Right?")])
+    assert len(session.messages) == len(twin.messages) == 4
+    assert session.messages != twin.messages
+
+
+def test_two_images(loaded, counts):
+    session = Session(*loaded())
+    session.see(RED)
+    counts.clear()
+    session.see(BLUE)
+    assert counts.views == 1, "the first image was encoded again"
+    counts.clear()
+    answer = ask(session, "What changed?")
+    assert counts.views == 0
+    assert answer == from_scratch(loaded, [turn("What changed?", RED, BLUE)])
+
+
+def test_a_changed_image_of_the_same_size_is_not_mistaken(loaded, counts):
+    session = Session(*loaded())
+    session.see(RED)
+    ask(session, "What is it?")
+    session.reset()
+    counts.clear()
+    session.see(BLUE)
+    assert counts.views == 1
+    assert session.usage.reused_tokens == 0
+    assert ask(session, "What is it?") == from_scratch(loaded, [turn("What is it?", BLUE)])
+    session.reset()
+    counts.clear()
+    session.see(RED)
+    assert counts.views == 0, "the first image is still known"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ImageOptions(max_image_tokens=8, min_image_tokens=8),
+        ImageOptions(use_image_special_tokens=False),
+        ImageOptions(min_image_tokens=1, max_image_tokens=1),
+    ],
+)
+def test_the_same_image_under_other_options_is_not_mistaken(options, loaded, counts):
+    session = Session(*loaded())
+    session.see(RED)
+    session.reset()
+    counts.clear()
+    session.see(RED, options)
+    assert counts.views == 1
+    scratch = from_scratch(loaded, [turn("What?", RED)], image_options=options)
+    assert ask(session, "What?") == scratch
+
+
+def test_saved_and_loaded_in_a_new_process(loaded, tmp_path):
+    session = Session(*loaded(), system="Be brief.")
+    session.see(RED)
+    send(session, "What is it?")
+    session.see(BLUE)
+    session.save(tmp_path / "talk.safetensors")
+    expected = send(session, "And this?"), ask(session, "Which is red?")
+    code = f"""
+import json
+from mlx_lfm2vl import Sampling, Session, load
+session = Session(*load({str(FIXTURES / "v5")!r}, dtype="float32"))
+session.load({str(tmp_path / "talk.safetensors")!r})
+first = session.send("And this?", sampling=Sampling(), max_tokens=6)
+usage = session.usage
+second = session.ask("Which is red?", sampling=Sampling(), max_tokens=6)
+print(json.dumps([first, second, usage.encoded_images, usage.reused_tokens]))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, second, encoded, reused = json.loads(run.stdout)
+    assert (first, second) == expected
+    assert encoded == 0
+    assert reused > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.safetensors"]
+
+
+def test_wrong_files_are_refused_with_their_reason(loaded, tmp_path):
+    session = Session(*loaded())
+    session.see(RED)
+    path = tmp_path / "talk.safetensors"
+    session.save(path)
+    other = Session(*load(FIXTURES / "text396", dtype="float32"))
+    with pytest.raises(SnapshotError, match="belongs to another model"):
+        other.load(path)
+    half = Session(*load(FIXTURES / "v5", dtype="float16"))
+    with pytest.raises(SnapshotError, match="belongs to another model"):
+        half.load(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(SnapshotError, match="cannot be read as a session"):
+        session.load(path)
+    mx.save_safetensors(str(path), {"a": mx.zeros((2,))}, {"format": "mlx"})
+    with pytest.raises(SnapshotError, match="its format is mlx"):
+        session.load(path)
+    with pytest.raises(SnapshotError, match="cannot be read"):
+        session.load(tmp_path / "missing.safetensors")
+    assert ask(session, "What?") == from_scratch(loaded, [turn("What?", RED)])
+
+
+def test_a_bad_image_leaves_the_session_as_it_was(loaded, tmp_path):
+    session = Session(*loaded())
+    session.see(RED)
+    with pytest.raises(ImageError):
+        session.see(tmp_path / "missing.png")
+    with pytest.raises(PromptError, match="empty"):
+        session.ask(" ")
+    assert ask(session, "What?") == from_scratch(loaded, [turn("What?", RED)])
+
+
+def test_a_stream_left_early_leaves_the_conversation_as_it_was(loaded):
+    session = Session(*loaded())
+    session.see(RED)
+    stream = session.stream_send("What?", sampling=GREEDY)
+    next(stream)
+    stream.close()
+    assert session.messages == []
+    pieces = [r.text for r in session.stream_send("What?", sampling=GREEDY, max_tokens=6)]
+    assert "".join(pieces) == from_scratch(loaded, [turn("What?", RED)])
+    assert len(session.messages) == 2
+    pieces = [r.text for r in session.stream_ask("Why?", sampling=GREEDY, max_tokens=6)]
+    assert len(session.messages) == 2
+
+
+def test_snapshots_are_bounded_by_bytes(loaded):
+    session = Session(*loaded())
+    session.see(RED)
+    room = 3 * session.snapshots.nbytes
+    session = Session(*loaded(), max_snapshot_bytes=room)
+    for seed in range(12):
+        session.reset()
+        session.see(picture(60, 40, seed))
+        assert session.snapshots.nbytes <= room
+    assert len(session.snapshots.entries) == 3
+    nothing = Session(*loaded(), max_snapshot_bytes=0)
+    nothing.see(RED)
+    assert ask(nothing, "What?") == from_scratch(loaded, [turn("What?", RED)])
+
+
+def test_sessions_with_bounded_and_quantized_caches(loaded, counts):
+    for options in (CacheOptions(200), CacheOptions(120, 4)):
+        session = Session(*loaded(), cache_options=options)
+        session.see(RED)
+        counts.clear()
+        for text in ("What is it?", "And where?", "How many?", "Why?", "When?"):
+            send(session, text, tokens=20)
+        assert counts.views == 0
+        assert all(len(array.shape) < 4 or array.shape[2] <= options.max_kv_size
+                   for cache in session.snapshots.entries.values()
+                   for entry in cache for array in entry.state)  # fmt: skip
+
+
+def test_image_features_can_be_passed_again(loaded, counts):
+    model, processor = loaded()
+    prompt = processor("What?", RED)
+    features = model.encode_images(prompt.pixel_values, prompt.spatial_shapes)
+    counts.clear()
+    answer = generate(
+        model, processor, prompt, temperature=0, max_tokens=6, image_features=features
+    )
+    assert counts.views == 0
+    assert answer == from_scratch(loaded, [turn("What?", RED)])
+
+
+def test_memory_stays_where_it_is(loaded):
+    """200 turns and their undoing leave what the first left."""
+    session = Session(*loaded())
+    session.see(RED)
+    live = []
+    for n in range(200):
+        send(session, "What is it?", tokens=3)
+        session.undo()
+        if n in (5, 199):
+            mx.clear_cache()
+            live.append(mx.get_active_memory())
+    assert live[1] <= live[0] * 1.01

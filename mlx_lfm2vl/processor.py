@@ -221,10 +221,12 @@ def _without_images(message: Message, later: Iterable[ImageInput], found: list[A
         return message
     items = []
     for item in content:
-        if not isinstance(item, Mapping) or item.get("type") != "image":
+        if not isinstance(item, Mapping) or item.get("type") not in ("image", "image_url"):
             items.append(item)
             continue
-        image = next((item[key] for key in ("image", "url", "path") if key in item), None)
+        image = next((item[k] for k in ("image", "url", "path", "image_url") if k in item), None)
+        if isinstance(image, Mapping):  # {"image_url": {"url": …}}
+            image = image.get("url")
         if image is None:
             image = next(iter(later), None)
         if image is None:

@@ -125,7 +125,12 @@ class Lfm2Tokenizer:
 
     def encode_plain(self, text: str) -> list[int]:
         """Text to ids; nothing in it becomes a control token."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids if text else []
+        if not text:
+            return []
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise PromptError(f"{text!r} has a lone surrogate, half a character") from None
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Ids to text."""
@@ -163,6 +168,13 @@ class Lfm2Tokenizer:
         Raises:
             PromptError: the template refuses the conversation.
         """
+        if not messages:
+            raise PromptError("the conversation is empty; it needs one message or more")
+        # absent and None are the same to callers, but not to templates
+        messages = [
+            {key: value for key, value in message.items() if value is not None}
+            for message in messages
+        ]
         if continue_final_message:
             if add_generation_prompt:
                 raise PromptError(
@@ -256,7 +268,8 @@ class TextGuard:
         tools: Sequence[Mapping[str, Any]] | None,
     ) -> None:
         everything = "".join(_strings(messages)) + "".join(_strings(tools))
-        self.mark = next(chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in everything)
+        candidates = (*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900), *range(0xF0000, 0x10FFFE))
+        self.mark = next(chr(c) for c in candidates if chr(c) not in everything)
         self._image = re.compile(re.escape(tokenizer.image_token))
         self._special = tokenizer._special_pattern
         self.tools = None if tools is None else [self._break(tool, self._image) for tool in tools]
@@ -273,20 +286,41 @@ class TextGuard:
         guarded["role"] = message.get("role")
         content = guarded.get("content")
         if isinstance(content, list):
-            # two texts must not join into a name, either
-            for item in content[1:]:
-                if isinstance(item, dict) and isinstance(item.get("text"), str):
-                    item["text"] = self.mark + item["text"]
+            self._break_across(content, pattern)
         return guarded
+
+    def _break_across(self, items: list[Any], pattern: re.Pattern[str]) -> None:
+        # two texts must not join into a name, either
+        texts = [_text_of(item) for item in items]
+        joined = "".join(texts)
+        cuts = [match.start() + 1 for match in pattern.finditer(joined)]
+        start = 0
+        for place, text in enumerate(texts):
+            inside = [cut - start for cut in cuts if start < cut <= start + len(text)]
+            start += len(text)
+            for cut in reversed(inside):
+                text = text[:cut] + self.mark + text[cut:]
+            if inside:
+                items[place] = (
+                    text if isinstance(items[place], str) else {**items[place], "text": text}
+                )
 
     def _break(self, value: Any, pattern: re.Pattern[str]) -> Any:
         if isinstance(value, str):
             return pattern.sub(lambda match: match[0][0] + self.mark + match[0][1:], value)
         if isinstance(value, Mapping):
-            return {key: self._break(item, pattern) for key, item in value.items()}
+            return {
+                self._break(key, pattern): self._break(item, pattern) for key, item in value.items()
+            }
         if isinstance(value, (list, tuple)):
             return [self._break(item, pattern) for item in value]
         return value
+
+
+def _text_of(item: Any) -> str:
+    if isinstance(item, Mapping):
+        item = item.get("text")
+    return item if isinstance(item, str) else ""
 
 
 def _strings(value: Any) -> Iterable[str]:

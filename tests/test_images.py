@@ -108,6 +108,26 @@ def test_the_same_image_from_every_source(tmp_path):
     assert np.array_equal(load_image(grey[..., None]), load_image(grey))
 
 
+def test_spellings_of_image_items(tmp_path, loaded):
+    path = str(tmp_path / "a.png")
+    gradient().save(path)
+    processor = loaded()[1]
+    prompts = [
+        processor([{"role": "user", "content": [item, {"type": "text", "text": "What?"}]}])
+        for item in (
+            {"type": "image", "image": path},
+            {"type": "image", "url": path},
+            {"type": "image", "path": path},
+            {"type": "image_url", "image_url": {"url": path}},
+            {"type": "image_url", "image_url": path},
+        )
+    ]
+    for prompt in prompts:
+        assert prompt.token_ids == prompts[0].token_ids
+        assert np.array_equal(prompt.pixel_values, prompts[0].pixel_values)
+        assert len(prompt.image_spans) == 1
+
+
 @pytest.mark.parametrize(
     ("size", "layout"),
     [

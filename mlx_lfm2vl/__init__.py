@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .batch import BatchRequest, BatchResult, batch_generate, stream_batch
     from .config import CacheOptions, ImageOptions, ImageProcessorConfig, Lfm2VlConfig, Sampling
     from .errors import (
         ConfigError,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # name -> module; imported when first used, so that `import mlx_lfm2vl` costs next to nothing
 _EXPORTS = {
+    "BatchRequest": "batch",
+    "BatchResult": "batch",
     "CacheOptions": "config",
     "ConfigError": "errors",
     "GenerationResponse": "generate",
@@ -48,12 +51,16 @@ _EXPORTS = {
     "SnapshotError": "errors",
     "Usage": "session",
     "WeightsError": "errors",
+    "batch_generate": "batch",
     "generate": "generate",
     "load": "loading",
+    "stream_batch": "batch",
     "stream_generate": "generate",
 }
 
 __all__ = [
+    "BatchRequest",
+    "BatchResult",
     "CacheOptions",
     "ConfigError",
     "GenerationResponse",
@@ -75,8 +82,10 @@ __all__ = [
     "Usage",
     "WeightsError",
     "__version__",
+    "batch_generate",
     "generate",
     "load",
+    "stream_batch",
     "stream_generate",
 ]
 

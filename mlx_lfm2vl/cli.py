@@ -28,6 +28,7 @@ EPILOG = """\
 examples:
   %(prog)s --image photo.jpg --prompt "What is in this image?"
   %(prog)s --image a.jpg b.jpg --prompt "What changed?" --temp 0 --max-tokens 100
+  %(prog)s --chat --image photo.jpg
   cat notes.txt | %(prog)s --prompt -
 """
 
@@ -60,10 +61,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="IMAGE",
         help="path, URL, or - for standard input; several are seen in this order",
     )
-    parser.add_argument(
-        "--prompt", "-p", required=True, help="the question, or - to read it from standard input"
-    )
+    parser.add_argument("--prompt", "-p", help="the question, or - to read it from standard input")
     parser.add_argument("--system", help="system message")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="talk instead of asking once; --image and --prompt come first",
+    )
     parser.add_argument(
         "--max-tokens",
         "-m",
@@ -184,12 +188,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def run(args: argparse.Namespace) -> None:
     """Does what the arguments ask for; errors are exceptions."""
-    messages = _messages(args)
-    images = [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
     image_options = options_from(args, ImageOptions)
     cache_options = options_from(args, CacheOptions)
     stated = {f.name: getattr(args, f.name) for f in fields(Sampling)}
     Sampling().override(**stated)  # a wrong value is told before the model is loaded
+    if args.chat:
+        _chat(args, image_options, cache_options, stated)
+        return
+    messages = _messages(args)
+    images = _images(args)
 
     from .generate import stream_generate
     from .loading import load
@@ -217,7 +224,36 @@ def run(args: argparse.Namespace) -> None:
         _write_statistics(last)
 
 
+def _chat(
+    args: argparse.Namespace,
+    image_options: ImageOptions,
+    cache_options: CacheOptions,
+    stated: dict[str, Any],
+) -> None:
+    if args.json or "-" in (args.prompt, *args.image):
+        raise PromptError("--chat reads standard input itself, without --json and -")
+
+    from .chat import Chat
+    from .generate import AnswerOptions
+    from .loading import load
+    from .session import Session
+
+    model, processor = load(args.model, dtype=args.dtype, revision=args.revision)
+    sampling = processor.generation_config.sampling.override(**stated)
+    options = AnswerOptions(args.max_tokens, sampling, args.seed, tuple(args.stop))
+    session = Session(
+        model, processor, args.system, image_options=image_options, cache_options=cache_options
+    )
+    Chat(session, options, args.verbose).run(args.image, args.prompt)
+
+
+def _images(args: argparse.Namespace) -> list[Any]:
+    return [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
+
+
 def _messages(args: argparse.Namespace) -> list[dict[str, Any]]:
+    if args.prompt is None:
+        raise PromptError("--prompt is missing; ask something, or talk with --chat")
     if args.prompt == "-" and "-" in args.image:
         raise PromptError("standard input can be the prompt or an image, not both")
     if args.image.count("-") > 1:

@@ -266,7 +266,7 @@ def stream_answer(
         embeddings: (rest, hidden) of the positions that are not in the cache.
         clock: started when the question came.
     """
-    answer = _Answer(processor, options)
+    answer = Answer(processor, options)
     sampler, logits_processors = from_settings(options.sampling, options.seed)
     for token, logprobs in generate_step(
         prompt.token_ids,
@@ -331,7 +331,7 @@ def generate(
     return "".join(response.text for response in responses)
 
 
-class _Answer:
+class Answer:
     """Turns tokens into text and knows when to end."""
 
     def __init__(self, processor: Lfm2VlProcessor, options: AnswerOptions) -> None:

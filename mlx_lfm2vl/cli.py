@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -42,17 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        help="folder or Hugging Face repository (default: %(default)s)",
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of the repository")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="type to compute in (default: the checkpoint's on a GPU, float32 on a CPU)",
-    )
+    add_model(parser)
     parser.add_argument(
         "--image",
         nargs="+",
@@ -71,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-tokens",
         "-m",
-        type=_positive,
+        type=positive,
         default=DEFAULT_MAX_TOKENS,
         help="longest answer in tokens (default: %(default)s)",
     )
@@ -90,6 +80,21 @@ def build_parser() -> argparse.ArgumentParser:
     add_image_options(parser)
     add_cache_options(parser)
     return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint, and the type it computes in."""
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="folder or Hugging Face repository (default: %(default)s)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the repository")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="type to compute in (default: the checkpoint's on a GPU, float32 on a CPU)",
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -159,7 +164,7 @@ def options_from(args: argparse.Namespace, kind: type[T]) -> T:
     return kind(**{name: value for name, value in stated.items() if value is not None})
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be 1 or more")
@@ -170,11 +175,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 2 bad input, 130 interrupted."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    run_command(parser.prog, lambda: run(args))
+
+
+def run_command(prog: str, action: Callable[[], None]) -> NoReturn:
+    """Runs an action and exits: 0 done, 1 nobody reads on, 2 bad input, 130 interrupted."""
     try:
-        run(args)
+        action()
     except Lfm2VlError as error:
         one_line = " ".join(str(error).split())
-        print(f"{parser.prog}: error: {one_line}", file=sys.stderr)  # noqa: T201
+        sys.stderr.write(f"{prog}: error: {one_line}\n")
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         sys.stderr.write("\n")

@@ -25,5 +25,13 @@ class PromptError(Lfm2VlError, ValueError):
     """A prompt, a conversation or a generation setting makes no sense."""
 
 
+class ConvertError(Lfm2VlError, ValueError):
+    """A checkpoint cannot be converted as asked, or the output has no place."""
+
+
+class OutputError(Lfm2VlError, ValueError):
+    """A file of answers cannot be used."""
+
+
 class SnapshotError(Lfm2VlError, ValueError):
     """A saved session is damaged, of another version, or of another model."""

@@ -8,6 +8,7 @@ Pixels stay uint8 here; they are normalised on the device.
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 RawImage = Union[str, Path, bytes, BinaryIO, "Image.Image", "np.ndarray[Any, Any]"]
 ImageInput = Union[RawImage, "ProcessedImage"]
+
+# what Pillow and its plugins let through where a file is damaged
+DAMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, RuntimeError, struct.error)
 
 URL_TIMEOUT = 30.0  # seconds
 NO_OPTIONS = ImageOptions()
@@ -276,7 +280,7 @@ def _upright_rgb(picture: Image.Image, name: str) -> Image.Image:
         if picture.mode.startswith("I;16"):
             picture = picture.point(lambda value: value / 256).convert("L")
         return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except DAMAGE as error:
         raise ImageError(f"{name} is damaged: {error}") from None
 
 
@@ -293,7 +297,7 @@ def _open(image: str | Path | bytes | BinaryIO) -> tuple[str, Image.Image]:
         raise ImageError(f"{name} is not an image that Pillow can read") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large to open: {error}") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except DAMAGE as error:
         raise ImageError(f"{name} cannot be read: {error}") from None
 
 

@@ -11,8 +11,10 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .batch import BatchRequest, BatchResult, batch_generate, stream_batch
     from .config import CacheOptions, ImageOptions, ImageProcessorConfig, Lfm2VlConfig, Sampling
+    from .convert import Quantization, convert
     from .errors import (
         ConfigError,
+        ConvertError,
         ImageError,
         Lfm2VlError,
         ModelNotFoundError,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from .model import Lfm2VlForConditionalGeneration, Lfm2VlOutput
     from .processor import Lfm2VlProcessor, Prompt
     from .session import Session, Usage
+    from .worker import Request, RequestCancelled, Worker
 
 # name -> module; imported when first used, so that `import mlx_lfm2vl` costs next to nothing
 _EXPORTS = {
@@ -33,6 +36,7 @@ _EXPORTS = {
     "BatchResult": "batch",
     "CacheOptions": "config",
     "ConfigError": "errors",
+    "ConvertError": "errors",
     "GenerationResponse": "generate",
     "ImageError": "errors",
     "ImageOptions": "config",
@@ -46,12 +50,17 @@ _EXPORTS = {
     "ModelNotFoundError": "errors",
     "Prompt": "processor",
     "PromptError": "errors",
+    "Quantization": "convert",
+    "Request": "worker",
+    "RequestCancelled": "worker",
     "Sampling": "config",
     "Session": "session",
     "SnapshotError": "errors",
     "Usage": "session",
     "WeightsError": "errors",
+    "Worker": "worker",
     "batch_generate": "batch",
+    "convert": "convert",
     "generate": "generate",
     "load": "loading",
     "stream_batch": "batch",
@@ -63,6 +72,7 @@ __all__ = [
     "BatchResult",
     "CacheOptions",
     "ConfigError",
+    "ConvertError",
     "GenerationResponse",
     "ImageError",
     "ImageOptions",
@@ -76,13 +86,18 @@ __all__ = [
     "ModelNotFoundError",
     "Prompt",
     "PromptError",
+    "Quantization",
+    "Request",
+    "RequestCancelled",
     "Sampling",
     "Session",
     "SnapshotError",
     "Usage",
     "WeightsError",
+    "Worker",
     "__version__",
     "batch_generate",
+    "convert",
     "generate",
     "load",
     "stream_batch",

@@ -1,9 +1,13 @@
 """Each example runs."""
 
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -18,3 +22,56 @@ def test_show_views(tmp_path):
     with Image.open(out) as sheet:
         assert sheet.width > 3 * 512
         assert len(sheet.getcolors(1 << 24)) > 1000
+
+
+def test_many_questions(fixtures):
+    command = [sys.executable, EXAMPLES / "many_questions.py", "--model", fixtures / "v5"]
+    command += ["--image", EXAMPLES / "photos" / "coffee.png", "--max-tokens", "3"]
+    run = subprocess.run(
+        [*command, "What is it?", "Which colour?"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.startswith("Q: What is it?\nA: ")
+    assert "\n\nQ: Which colour?\nA: " in run.stdout
+
+
+@pytest.fixture
+def display(monkeypatch):
+    """A screen for windows: a virtual one, or the machine's own where there is no Xvfb."""
+    pytest.importorskip("tkinter", reason="this Python has no tkinter")
+    if shutil.which("Xvfb") is None:
+        if sys.platform != "darwin" and "DISPLAY" not in os.environ:
+            pytest.skip("needs a display, or Xvfb (Debian: xvfb)")
+        yield
+        return
+    reader, writer = os.pipe()
+    # Xvfb chooses a free number and writes it once it is ready
+    command = ["Xvfb", "-displayfd", str(writer), "-screen", "0", "1100x700x24"]
+    server = subprocess.Popen(command, pass_fds=[writer], stderr=subprocess.DEVNULL)
+    os.close(writer)
+    try:
+        with open(reader) as number:
+            monkeypatch.setenv("DISPLAY", ":" + number.readline().strip())
+        yield
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def run_window(fixtures, *arguments):
+    command = [sys.executable, EXAMPLES / "window.py", "--model", fixtures / "v5", *arguments]
+    command += ["--prompt", "What is it?", "--max-tokens", "3", "--close-after-answer"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (0, "")
+    return run.stdout
+
+
+def test_window(display, fixtures):
+    out = run_window(fixtures, "--image", EXAMPLES / "photos" / "coffee.png")
+    assert re.fullmatch(r"3 tokens, \d+/s\n", out)
+
+
+def test_window_shows_what_went_wrong(display, fixtures):
+    out = run_window(
+        fixtures, "--image", EXAMPLES / "photos" / "coffee.png", "--model", "no/such/folder"
+    )
+    assert out.startswith("ModelNotFoundError: ")

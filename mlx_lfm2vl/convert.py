@@ -1,0 +1,624 @@
+"""Checkpoints to MLX folders, quantized or not, and back to the transformers layout.
+
+`python -m mlx_lfm2vl.convert`, the top-level `convert.py`, and `convert(...)` in Python. Weights
+are read, changed and written one after the other; a folder appears only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .config import FAMILY_SAMPLING, Lfm2VlConfig, load_config, load_generation_config, read_json
+from .errors import ConfigError, ConvertError
+from .hub import resolve_model
+from .loading import DTYPES
+from .model import Lfm2VlForConditionalGeneration
+from .weights import (
+    INDEX,
+    STRAY_PROJECTOR_NORM,
+    check_names_and_shapes,
+    quantize_modules,
+    read_weights,
+)
+
+MAX_SHARD_BYTES = 5 << 30
+# mode -> (group size, bits) where the user states none, and what else the mode can do
+MODE_DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AFFINE_GROUP_SIZES = (32, 64, 128)
+COPIED_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+NOT_COPIED = ("config.json", "generation_config.json", INDEX)
+
+Decision = dict[str, Any] | None  # {"group_size", "bits", "mode"}, or None to leave a module alone
+Recipe = Callable[[str], Decision]  # module path -> decision
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What becomes integers, and of how many bits.
+
+    Attributes:
+        bits, group_size, mode: of everything that nothing else is said about; None takes the
+            mode's own.
+        vision_bits: quantizes the vision tower, too.
+        projector: False leaves the projector alone.
+        embeddings_bits: other bits for the token embeddings, which are the head as well.
+        recipe: a name of `RECIPES`, or a JSON file of patterns.
+    """
+
+    bits: int | None = None
+    group_size: int | None = None
+    mode: str = "affine"
+    vision_bits: int | None = None
+    projector: bool = True
+    embeddings_bits: int | None = None
+    recipe: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODE_DEFAULTS:
+            raise ConfigError(
+                f"q-mode is {self.mode}; it must be one of {', '.join(MODE_DEFAULTS)}"
+            )
+        default = MODE_DEFAULTS[self.mode]
+        for bits in (self.bits, self.vision_bits, self.embeddings_bits):
+            allowed = AFFINE_BITS if self.mode == "affine" else (default[1],)
+            if bits is not None and bits not in allowed:
+                raise ConfigError(f"q-bits is {bits}; with {self.mode} it must be one of {allowed}")
+        sizes = AFFINE_GROUP_SIZES if self.mode == "affine" else (default[0],)
+        if self.group_size is not None and self.group_size not in sizes:
+            raise ConfigError(
+                f"q-group-size is {self.group_size}; with {self.mode} it must be one of {sizes}"
+            )
+        if self.recipe is not None and self.mode != "affine":
+            raise ConfigError(f"a recipe needs q-mode affine, not {self.mode}")
+
+    def decision(self, bits: int | None = None) -> dict[str, Any]:
+        """The entry of config.json for some bits, or for the bits of everything."""
+        size, default_bits = MODE_DEFAULTS[self.mode]
+        return {
+            "group_size": self.group_size if self.group_size is not None else size,
+            "bits": bits or self.bits or default_bits,
+            "mode": self.mode,
+        }
+
+
+def convert(
+    hf_path: str | Path,
+    mlx_path: str | Path = "mlx_model",
+    quantization: Quantization | None = None,
+    *,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    to_hf: bool = False,
+    revision: str | None = None,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Converts a checkpoint.
+
+    Args:
+        hf_path: a folder, or a repository of the Hugging Face Hub; any layout.
+        mlx_path: the folder to write.
+        quantization: what becomes integers; None for nothing.
+        dtype: type of what stays floating point; by default what the checkpoint has.
+        dequantize: integers become floating point again.
+        to_hf: write the layout of transformers instead of MLX's.
+        revision: branch, tag or commit of a repository.
+        force: replace a folder that is there.
+        progress: called with tensors written so far, and all.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ConvertError: the output is there, is too large for the disk, or the source cannot be
+            converted like this.
+    """
+    target = free_target(mlx_path, force)
+    plan = make_plan(
+        resolve_model(hf_path, revision),
+        quantization,
+        dtype=dtype,
+        dequantize=dequantize,
+        to_hf=to_hf,
+    )
+    write_plan(plan, target, progress)
+    return target
+
+
+def free_target(mlx_path: str | Path, force: bool) -> Path:
+    """The folder to write; a ConvertError where it is there and may not be replaced."""
+    target = Path(mlx_path).expanduser()
+    if target.exists() and not force:
+        raise ConvertError(f"{target} is there already; state another folder, or --force")
+    return target
+
+
+def write_plan(
+    plan: Plan, target: Path, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Does what was planned; the target is there afterwards, complete, or not at all."""
+    with complete_folder(target, plan.nbytes) as folder:
+        card = _model_card(plan, target.name)
+        write_weights(folder, plan, progress)
+        write_files(folder, plan)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        verify(folder)
+
+
+@dataclass
+class Plan:
+    """What will be written, before anything is read.
+
+    Attributes:
+        source: the folder that is read.
+        config: the source's config.json, as it will be written.
+        weights: tensors by the names of the source's modules, lazily.
+        decisions: how each module is quantized; absent ones are not.
+        dtype: type of the floating-point tensors, None for what each has.
+        dequantized: modules whose integers become floats.
+        hf_names: None for MLX's layout, or the prefix of the vision tower in transformers'.
+    """
+
+    source: Path
+    config: dict[str, Any]
+    model_config: Lfm2VlConfig
+    weights: dict[str, mx.array]
+    decisions: dict[str, dict[str, Any]]
+    dtype: mx.Dtype | None
+    dequantized: dict[str, dict[str, Any]]
+    hf_names: str | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that will be written."""
+        return sum(self.tensor_nbytes(name) for name in self.weights)
+
+    def summary(self, every_module: bool = False) -> str:
+        """What will be written, in a few lines or module by module."""
+        counts: dict[str, int] = {}
+        lines = []
+        for name in self.weights:
+            path = name.removesuffix(".weight")
+            decision = self.decisions.get(path) if name.endswith(".weight") else None
+            kind = "kept as it is"
+            if decision is not None:
+                kind = f"{decision['bits']} bits, groups of {decision['group_size']}"
+                lines.append(f"  {path}: {kind}, {decision['mode']}")
+            elif path in self.dequantized:
+                kind = "dequantized"
+            counts[kind] = counts.get(kind, 0) + 1
+        kinds = "; ".join(f"{count} tensors {kind}" for kind, count in sorted(counts.items()))
+        return "\n".join([*(lines if every_module else []), f"{kinds}; {self.nbytes / 1e6:.1f} MB"])
+
+    def tensor_nbytes(self, name: str) -> int:
+        """Bytes of one source tensor after conversion."""
+        tensor, path = self.weights[name], name.removesuffix(".weight")
+        floats = (self.dtype or tensor.dtype).size
+        if path in self.decisions and name.endswith(".weight"):
+            decision = self.decisions[path]
+            groups = tensor.size // decision["group_size"]
+            # scale and bias of each group, or one byte in the small floating-point modes
+            scales = 2 * floats if decision["mode"] == "affine" else 1
+            return tensor.size * decision["bits"] // 8 + groups * scales
+        owner = name.rpartition(".")[0]
+        if owner in self.dequantized:
+            if not name.endswith(".weight"):
+                return 0
+            return tensor.size * 32 // self.dequantized[owner]["bits"] * floats
+        return tensor.size * (
+            floats if mx.issubdtype(tensor.dtype, mx.floating) else tensor.itemsize
+        )
+
+
+def make_plan(
+    source: Path,
+    quantization: Quantization | None,
+    *,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    to_hf: bool = False,
+) -> Plan:
+    """Decides about every tensor; reads nothing but headers and configuration.
+
+    Raises:
+        ConvertError, ConfigError, WeightsError, ModelNotFoundError: before any work is done.
+    """
+    model_config = load_config(source)
+    config = read_json(source / "config.json")
+    weights = read_weights(source)
+    vision_prefix = hf_vision_prefix(source)
+    if not model_config.projector_use_layernorm:
+        for name in STRAY_PROJECTOR_NORM:
+            weights.pop(name, None)
+    if model_config.text_config.tie_word_embeddings:
+        for name in [name for name in weights if name.startswith("language_model.lm_head.")]:
+            weights.pop(name)
+    model = Lfm2VlForConditionalGeneration(model_config)
+    quantize_modules(model, model_config.quantization, weights)
+    check_names_and_shapes(model, weights)
+    old = quantized_modules(model)
+    if old and quantization is not None and not dequantize:
+        raise ConvertError(f"{source} is quantized already; start from the original, or use -d")
+    if old and to_hf and not dequantize:
+        raise ConvertError(f"{source} is quantized, which transformers cannot read; add -d")
+    if dequantize and not old:
+        raise ConvertError(f"{source} is not quantized; there is nothing to dequantize")
+    if to_hf and quantization is not None:
+        raise ConvertError("--to-hf and --quantize exclude each other")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    decisions = decide(model, quantization) if quantization is not None else {}
+    if dequantize or quantization is not None:
+        config.pop("quantization", None)
+        config.pop("quantization_config", None)
+    if quantization is not None:
+        config["quantization"] = quantization_entry(quantization, decisions)
+        config["quantization_config"] = config["quantization"]
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    return Plan(
+        source,
+        config,
+        model_config,
+        weights,
+        decisions,
+        DTYPES[dtype] if dtype is not None else None,
+        old if dequantize else {},
+        vision_prefix if to_hf else None,
+    )
+
+
+def quantized_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """How each quantized module of a model is quantized."""
+    return {
+        path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        for path, module in model.named_modules()
+        if "scales" in module
+    }
+
+
+def decide(model: nn.Module, quantization: Quantization) -> dict[str, dict[str, Any]]:
+    """How each module is to be quantized.
+
+    Raises:
+        ConvertError: a pattern matches nothing, or a width does not divide by the group size.
+    """
+    paths = {
+        path: module.weight.shape
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding))
+        # a table of positions is not a matrix that anything is multiplied with
+        and not path.endswith("position_embedding")
+    }
+    recipe = make_recipe(quantization, list(paths))
+    decisions = {}
+    for path, shape in paths.items():
+        decision = recipe(path)
+        if decision is None:
+            continue
+        if shape[-1] % decision["group_size"]:
+            raise ConvertError(
+                f"{path} has {shape[-1]} inputs, which do not divide by the group size "
+                f"{decision['group_size']}; choose another, or leave it out by a recipe"
+            )
+        decisions[path] = decision
+    return decisions
+
+
+def make_recipe(quantization: Quantization, paths: list[str]) -> Recipe:
+    """The rule that decides about each module."""
+    named = _named_recipe(quantization, paths)
+
+    def recipe(path: str) -> Decision:
+        if path.startswith("vision_tower."):
+            bits = quantization.vision_bits
+            return None if bits is None else quantization.decision(bits)
+        if path.startswith("multi_modal_projector.") and not quantization.projector:
+            return None
+        if path.endswith("embed_tokens") and quantization.embeddings_bits is not None:
+            return quantization.decision(quantization.embeddings_bits)
+        return named(path)
+
+    return recipe
+
+
+def _named_recipe(quantization: Quantization, paths: list[str]) -> Recipe:
+    name = quantization.recipe
+    if name is None:
+        return lambda path: quantization.decision()
+    if name not in RECIPES:
+        return recipe_of_file(Path(name), quantization, paths)
+    low, high, wants_more = RECIPES[name]
+    layers = 1 + max(layer for path in paths if (layer := _layer(path)) is not None)
+    return lambda path: quantization.decision(high if wants_more(path, layers) else low)
+
+
+def recipe_of_file(path: Path, quantization: Quantization, paths: list[str]) -> Recipe:
+    """A user's JSON: patterns of module paths -> bits, or false to leave modules alone.
+
+    The first pattern that matches counts; what no pattern matches takes the usual bits.
+    """
+    if not path.exists():
+        names = ", ".join(RECIPES)
+        raise ConvertError(f"{path} is no recipe ({names}) and no file of patterns")
+    patterns = read_json(path)
+    for pattern, bits in patterns.items():
+        if not any(fnmatchcase(name, pattern) for name in paths):
+            raise ConvertError(f"{path}: the pattern {pattern!r} matches no module")
+        if bits is not False and bits not in AFFINE_BITS:
+            raise ConvertError(f"{path}: {pattern!r} asks for {bits!r}; it must be one of "
+                               f"{AFFINE_BITS}, or false")  # fmt: skip
+
+    def recipe(name: str) -> Decision:
+        bits = next((bits for p, bits in patterns.items() if fnmatchcase(name, p)), None)
+        return None if bits is False else quantization.decision(bits)
+
+    return recipe
+
+
+def _layer(path: str) -> int | None:
+    parts = path.split(".")
+    return int(parts[3]) if path.startswith("language_model.model.layers.") else None
+
+
+def _as_mlx_lm(path: str, layers: int) -> bool:
+    """The layers that mlx-lm's mixed recipes give more bits; `w2` is LFM2's down projection."""
+    layer = _layer(path)
+    if layer is None:
+        return "lm_head" in path or path.endswith("embed_tokens")
+    eighth = layers // 8
+    chosen = layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+    return chosen and path.endswith(("v_proj", "w2"))
+
+
+def _as_lfm2(path: str, layers: int) -> bool:
+    """What this family feels first: the tied table, the ends of the stack, what writes into it."""
+    layer = _layer(path)
+    if layer is None:
+        return path.endswith(("embed_tokens", "lm_head"))
+    return layer in (0, layers - 1) or path.endswith(("out_proj", "w2"))
+
+
+# name -> (bits, more bits, which modules get more)
+RECIPES: Mapping[str, tuple[int, int, Callable[[str, int], bool]]] = {
+    "mixed_2_6": (2, 6, _as_mlx_lm),
+    "mixed_3_4": (3, 4, _as_mlx_lm),
+    "mixed_3_6": (3, 6, _as_mlx_lm),
+    "mixed_4_6": (4, 6, _as_mlx_lm),
+    "mixed_4_8": (4, 8, _as_mlx_lm),
+    "lfm2_4bit": (4, 6, _as_lfm2),
+    "lfm2_6bit": (6, 8, _as_lfm2),
+}
+
+
+def quantization_entry(
+    quantization: Quantization, decisions: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The entry of config.json: the common settings, and each module that differs from them."""
+    common = quantization.decision()
+    entry: dict[str, Any] = dict(common)
+    entry |= {path: decision for path, decision in decisions.items() if decision != common}
+    return entry
+
+
+def hf_vision_prefix(source: Path) -> str:
+    """How the transformers layout of this checkpoint begins the names of the vision tower.
+
+    MLX folders that were written here remember it; the published files have `vision_model.`.
+    """
+    from safetensors import safe_open
+
+    from .weights import weight_files
+
+    for path in weight_files(source):
+        with safe_open(str(path), framework="mlx") as file:
+            remembered = (file.metadata() or {}).get("hf_vision_prefix")
+            if remembered is not None:
+                return str(remembered)
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                if "vision_tower.vision_model." in name:
+                    return "model.vision_tower.vision_model."
+                if name.startswith("model.vision_tower."):
+                    return "model.vision_tower."
+    return "model.vision_tower.vision_model."
+
+
+def hf_name(name: str, vision_prefix: str) -> str:
+    """A tensor's name in the transformers layout."""
+    if name.startswith("language_model.lm_head."):
+        return name.removeprefix("language_model.")
+    if name.startswith("vision_tower."):
+        return vision_prefix + name.removeprefix("vision_tower.")
+    if name.startswith("language_model.model."):
+        return "model.language_model." + name.removeprefix("language_model.model.")
+    return f"model.{name}"
+
+
+def converted(plan: Plan) -> Iterator[tuple[str, mx.array]]:
+    """Each tensor to be written, one after the other; the plan lets go of what was read."""
+    names = [name for name in plan.weights if not _goes_with_its_weight(plan, name)]
+    for name in names:
+        for made, tensor in _convert_tensor(plan, name):
+            mx.eval(tensor)
+            yield (made if plan.hf_names is None else hf_name(made, plan.hf_names)), tensor
+
+
+def _goes_with_its_weight(plan: Plan, name: str) -> bool:
+    path, _, kind = name.rpartition(".")
+    return path in plan.dequantized and kind in ("scales", "biases")
+
+
+def _convert_tensor(plan: Plan, name: str) -> Iterator[tuple[str, mx.array]]:
+    path, _, kind = name.rpartition(".")
+    tensor = plan.weights.pop(name)
+    if path in plan.dequantized and kind == "weight":
+        settings = plan.dequantized[path]
+        tensor = mx.dequantize(
+            tensor,
+            plan.weights.pop(f"{path}.scales"),
+            plan.weights.pop(f"{path}.biases", None),
+            settings["group_size"],
+            settings["bits"],
+            mode=settings["mode"],
+        )
+    if plan.dtype is not None and mx.issubdtype(tensor.dtype, mx.floating):
+        tensor = tensor.astype(plan.dtype)
+    if path in plan.decisions and kind == "weight":
+        decision = plan.decisions[path]
+        parts = mx.quantize(tensor, decision["group_size"], decision["bits"], mode=decision["mode"])
+        names = (f"{path}.weight", f"{path}.scales", f"{path}.biases")
+        yield from zip(names, parts, strict=False)  # small floating-point modes have no biases
+        return
+    if plan.hf_names is not None and name.endswith("conv.conv.weight"):
+        tensor = tensor.swapaxes(1, 2)  # (hidden, kernel, 1) -> (hidden, 1, kernel)
+    yield name, mx.contiguous(tensor)
+
+
+def write_weights(
+    folder: Path, plan: Plan, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Writes shards of at most 5 GB, with an index where there is more than one."""
+    count = len(plan.weights)
+    metadata = {"format": "pt"}
+    if plan.hf_names is None:
+        metadata = {"format": "mlx", "hf_vision_prefix": hf_vision_prefix(plan.source)}
+    shards: list[list[str]] = []
+    held: dict[str, mx.array] = {}
+
+    def flush() -> None:
+        path = folder / f"shard-{len(shards)}.safetensors"
+        mx.save_safetensors(str(path), held, metadata)
+        shards.append(list(held))
+        held.clear()
+
+    total = 0
+    for done, (name, tensor) in enumerate(converted(plan), 1):
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > MAX_SHARD_BYTES:
+            flush()
+        held[name] = tensor
+        total += tensor.nbytes
+        if progress is not None:
+            progress(min(done, count), count)
+    flush()
+    _name_shards(folder, shards, total)
+
+
+def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
+    if len(shards) == 1:
+        (folder / "shard-0.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / f"shard-{number}.safetensors").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_files(folder: Path, plan: Plan) -> None:
+    """Configuration, tokenizer, processor and template, and a model card."""
+    for pattern in COPIED_FILES:
+        for path in plan.source.glob(pattern):
+            if path.name not in NOT_COPIED:
+                shutil.copyfile(path, folder / path.name)
+    _write_json(folder / "config.json", plan.config)
+    _write_json(folder / "generation_config.json", _generation_config(plan))
+
+
+def _model_card(plan: Plan, name: str) -> str:
+    """A README with what was done and how to run it."""
+    return f"""---
+library_name: mlx
+pipeline_tag: image-text-to-text
+tags: [mlx, lfm2_vl]
+---
+
+# {name}
+
+Converted from `{plan.source.name}` by mlx_lfm2vl: {plan.summary()}.
+
+```sh
+python -m mlx_lfm2vl.generate --model {name} --image photo.jpg --prompt "What is in this image?"
+```
+"""
+
+
+def add_report(folder: Path, table: str) -> None:
+    """Adds a fidelity table to the model card."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8")
+    card.write_text(f"{text}\n## Fidelity\n\n{table}\n", encoding="utf-8")
+
+
+def _generation_config(plan: Plan) -> dict[str, Any]:
+    """The source's entries; the family's recommended sampling where it states none."""
+    path = plan.source / "generation_config.json"
+    stated = read_json(path) if path.exists() else {}
+    if load_generation_config(plan.source, plan.model_config).sampling_source != "model card":
+        return stated
+    return {
+        **stated,
+        "do_sample": True,
+        "temperature": FAMILY_SAMPLING.temperature,
+        "min_p": FAMILY_SAMPLING.min_p,
+        "repetition_penalty": FAMILY_SAMPLING.repetition_penalty,
+    }
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def verify(folder: Path) -> None:
+    """Reads the headers of what was written and compares names and shapes with the model."""
+    config = load_config(folder)
+    model = Lfm2VlForConditionalGeneration(config)
+    weights = read_weights(folder)
+    quantize_modules(model, config.quantization, weights)
+    check_names_and_shapes(model, weights)
+
+
+@contextmanager
+def complete_folder(target: Path, nbytes: int) -> Iterator[Path]:
+    """A folder beside the target that becomes it when everything went well, or vanishes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if nbytes > free:
+        raise ConvertError(
+            f"{target} needs {nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
+        )
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if target.exists():
+            old = folder.with_name(folder.name + ".old")
+            target.rename(old)
+            folder.rename(target)
+            shutil.rmtree(old)
+        else:
+            folder.rename(target)
+    except OSError as error:
+        raise ConvertError(f"{target} could not be written: {error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    from .convert_cli import main
+
+    main()

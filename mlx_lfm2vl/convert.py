@@ -19,7 +19,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .config import FAMILY_SAMPLING, Lfm2VlConfig, load_config, load_generation_config, read_json
+from .config import (
+    FAMILY_SAMPLING,
+    Lfm2Config,
+    Lfm2VlConfig,
+    load_config,
+    load_generation_config,
+    read_json,
+)
 from .errors import ConfigError, ConvertError
 from .hub import resolve_model
 from .loading import DTYPES
@@ -269,6 +276,8 @@ def make_plan(
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
+    if not to_hf:
+        config["text_config"] = spell_out(config["text_config"], model_config.text_config)
     return Plan(
         source,
         config,
@@ -279,6 +288,21 @@ def make_plan(
         old if dequantize else {},
         vision_prefix if to_hf else None,
     )
+
+
+def spell_out(text_config: Mapping[str, Any], text: Lfm2Config) -> dict[str, Any]:
+    """Adds the spellings of the first checkpoints, which other MLX loaders still go by."""
+    first = {
+        "block_dim": text.hidden_size,
+        "block_ff_dim": text_config.get("intermediate_size"),
+        "conv_dim": text.hidden_size,
+        "conv_dim_out": text.hidden_size,
+        "num_heads": text.num_attention_heads,
+        "rope_theta": text.rope_theta,
+        "layer_types": list(text.layer_types),
+    }
+    stated = {key: value for key, value in text_config.items() if value is not None}
+    return {**first, **stated}
 
 
 def quantized_modules(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -165,8 +165,7 @@ def make_model(
         text_config=text_config(tokenizer, **text),
         vision_config=vision_config(**vision),
         image_token_id=tokenizer.token_to_id("<image>"),
-        projector_hidden_size=40,
-        **changes,
+        **{"projector_hidden_size": 40, **changes},
     )
     config._attn_implementation = "eager"
     model = Lfm2VlForConditionalGeneration(config).float().eval()
@@ -476,6 +475,24 @@ def make_checkpoints() -> None:
     text396.write_cases(every)
 
 
+def make_wide() -> None:
+    """A checkpoint whose widths divide by 64, for converters; `compare_mlx_vlm.py` goes on."""
+    wide = Checkpoint(
+        "wide",
+        1,
+        text={"hidden_size": 64, "vocab_size": 448, "block_multiple_of": 64, **WIDE_SPELLING},
+        vision={"hidden_size": 64, "num_attention_heads": 4},
+        projector_hidden_size=64,
+        projector_use_layernorm=False,
+    )
+    wide.write(tensors(wide.model), text_config={**wide.config["text_config"], **WIDE_SPELLING})
+    wide.write_cases(("small",))
+
+
+# mlx-vlm goes by these, and they change nothing elsewhere
+WIDE_SPELLING = {"block_dim": 64, "conv_dim": 64, "conv_dim_out": 64, "num_heads": 4}
+
+
 def write_geometry() -> None:
     """What the official code decides for many sizes, with the settings of real checkpoints."""
     numbers = random.Random(11)
@@ -521,4 +538,5 @@ class _TokenNames:
 
 if __name__ == "__main__":
     make_checkpoints()
+    make_wide()
     write_geometry()

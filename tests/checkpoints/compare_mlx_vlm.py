@@ -1,0 +1,76 @@
+"""Converts the checkpoint `wide` with mlx-vlm, and keeps what mlx-vlm computes with it.
+
+Needs Python with mlx-vlm 0.7.10:
+
+    python tests/checkpoints/compare_mlx_vlm.py
+
+With folders as arguments it compares instead: mlx-vlm's logits of each with those kept under the
+same name, which is how conversions made here are shown to mlx-vlm.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx_vlm.convert import convert
+from mlx_vlm.utils import load_model
+
+HERE = Path(__file__).parent
+TARGET = HERE / "mlx_vlm"
+CONVERSIONS = {
+    "plain": {"dtype": "float32"},
+    "8bit": {"quantize": True, "q_bits": 8, "q_group_size": 64},
+    "4bit": {"quantize": True, "q_bits": 4, "q_group_size": 64},
+    "mixed_4_8": {"quantize": True, "q_group_size": 64, "quant_predicate": "mixed_4_8"},
+}
+
+
+def logits(folder: Path) -> dict[str, np.ndarray]:
+    """Logits (tokens, vocab) of a text and of a question about an image."""
+    model = load_model(folder)
+    with np.load(HERE / "wide" / "cases" / "small.npz") as case:
+        ids = mx.array(case["input_ids"])[None]
+        pixels = mx.array((case["pixel_values"].astype(np.float32) / 255 - 0.5) / 0.5)
+        shapes = mx.array(case["spatial_shapes"])
+    embeddings = model.get_input_embeddings(
+        ids,
+        pixels[None],
+        spatial_shapes=shapes,
+        pixel_attention_mask=mx.ones((1, len(pixels)), mx.int32),
+    )
+    text = mx.arange(120, 150)[None]
+    return {
+        "text": np.array(model.language_model(text).logits[0].astype(mx.float32)),
+        "image": np.array(
+            model.language_model(ids, inputs_embeds=embeddings.inputs_embeds)
+            .logits[0]
+            .astype(mx.float32)
+        ),
+    }
+
+
+def make() -> None:
+    shutil.rmtree(TARGET, ignore_errors=True)
+    TARGET.mkdir()
+    for name, settings in CONVERSIONS.items():
+        convert(str(HERE / "wide"), str(TARGET / name), **settings)
+        shutil.rmtree(TARGET / name / "cases", ignore_errors=True)
+        np.savez_compressed(TARGET / f"{name}.npz", **logits(TARGET / name))
+
+
+def compare(folders: list[Path]) -> None:
+    for folder in folders:
+        ours = logits(folder)
+        with np.load(TARGET / f"{folder.name}.npz") as kept:
+            for name in ("text", "image"):
+                error = np.abs(ours[name] - kept[name]).max() / np.abs(kept[name]).max()
+                print(f"{folder.name} {name}: relative difference {error:.1e}")
+                assert error < 1e-5, folder
+
+
+if __name__ == "__main__":
+    compare([Path(folder) for folder in sys.argv[1:]]) if sys.argv[1:] else make()

@@ -1,0 +1,66 @@
+"""Folders that mlx-vlm 0.7.10 converted load here, and ours are the same to it.
+
+`checkpoints/mlx_vlm` holds its conversions of the checkpoint `wide`, and its own logits of them;
+see `checkpoints/compare_mlx_vlm.py`.
+"""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_lfm2vl
+from mlx_lfm2vl import Quantization, convert
+
+from .conftest import FIXTURES
+from .test_parity import TOLERANCE, shapes, stored
+
+THEIRS = FIXTURES / "mlx_vlm"
+CONVERSIONS = {
+    "plain": None,
+    # it leaves the projector alone
+    "8bit": Quantization(bits=8, projector=False),
+    "4bit": Quantization(bits=4, projector=False),
+    "mixed_4_8": Quantization(recipe="mixed_4_8", projector=False),
+}
+
+
+def kept(name: str) -> dict[str, np.ndarray]:
+    with np.load(THEIRS / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+def close(ours: mx.array, theirs: np.ndarray) -> None:
+    assert np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_its_folders_load_here_with_its_logits(name):
+    model, _ = mlx_lfm2vl.load(THEIRS / name, dtype="float32")
+    close(model(mx.arange(120, 150)[None]).logits[0], kept(name)["text"])
+    case = stored("wide", "small")
+    ids = mx.array(case["input_ids"])[None]
+    logits = model(ids, case["pixel_values"], shapes(case)).logits[0]
+    close(logits, kept(name)["image"])
+    if name == "plain":
+        close(logits, case["logits"][-len(logits) :])
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_our_conversion_is_its_own_bit_by_bit(name, tmp_path):
+    convert(FIXTURES / "wide", tmp_path / name, CONVERSIONS[name])
+    ours = mx.load(str(tmp_path / name / "model.safetensors"))
+    theirs = mx.load(str(THEIRS / name / "model.safetensors"))
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        assert tensor.dtype == theirs[key].dtype
+        assert mx.array_equal(tensor, theirs[key]), key
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_our_conversion_in_mlx_vlm(name, tmp_path):
+    pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed; its logits are kept instead")
+    from .checkpoints.compare_mlx_vlm import logits
+
+    convert(FIXTURES / "wide", tmp_path / name, CONVERSIONS[name])
+    for kind, values in logits(tmp_path / name).items():
+        close(mx.array(values), kept(name)[kind])

@@ -53,15 +53,14 @@ class Chat:
         while True:
             try:
                 line = input("> ").strip()
+                if line == "/quit":
+                    return
+                self._obey(line)
             except EOFError:
                 _write("\n")
                 return
             except KeyboardInterrupt:
                 _write("\n(/quit or Ctrl-D leaves)\n")
-                continue
-            if line == "/quit":
-                return
-            self._obey(line)
 
     def _obey(self, line: str) -> None:
         word, _, rest = line.partition(" ")

@@ -276,7 +276,9 @@ def make_plan(
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
-    if not to_hf:
+    if to_hf:
+        config = hf_config(config, model_config)
+    else:
         config["text_config"] = spell_out(config["text_config"], model_config.text_config)
     return Plan(
         source,
@@ -303,6 +305,33 @@ def spell_out(text_config: Mapping[str, Any], text: Lfm2Config) -> dict[str, Any
     }
     stated = {key: value for key, value in text_config.items() if value is not None}
     return {**first, **stated}
+
+
+def hf_config(config: Mapping[str, Any], model: Lfm2VlConfig) -> dict[str, Any]:
+    """The spelling that transformers 5 reads; values that it does not know are settled."""
+    text, vision = dict(config["text_config"]), dict(config["vision_config"])
+    text.pop("rope_theta", None)
+    text |= {
+        "model_type": "lfm2",
+        "layer_types": list(model.text_config.layer_types),
+        "rope_parameters": {"rope_theta": model.text_config.rope_theta, "rope_type": "default"},
+    }
+    vision |= {
+        "model_type": "siglip2_vision_model",
+        "vision_use_head": False,
+        # transformers keeps every layer that is counted here
+        "num_hidden_layers": model.vision_config.num_hidden_layers,
+    }
+    old = ("auto_map", "image_token_index", "vision_feature_layer", "tie_embedding")
+    return {
+        **{key: value for key, value in config.items() if key not in old},
+        "model_type": "lfm2_vl",
+        "image_token_id": model.image_token_id,
+        "projector_use_layernorm": model.projector_use_layernorm,
+        "tie_word_embeddings": model.text_config.tie_word_embeddings,
+        "text_config": text,
+        "vision_config": vision,
+    }
 
 
 def quantized_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -524,7 +553,10 @@ def write_weights(
 
     def flush() -> None:
         path = folder / f"shard-{len(shards)}.safetensors"
-        mx.save_safetensors(str(path), held, metadata)
+        try:
+            mx.save_safetensors(str(path), held, metadata)
+        except RuntimeError as error:  # a full disk, in MLX's words
+            raise ConvertError(f"{folder.parent} could not be written to: {error}") from None
         shards.append(list(held))
         held.clear()
 
@@ -623,7 +655,7 @@ def complete_folder(target: Path, nbytes: int) -> Iterator[Path]:
     free = shutil.disk_usage(target.parent).free
     if nbytes > free:
         raise ConvertError(
-            f"{target} needs {nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
+            f"{target} needs {nbytes / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free"
         )
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 import mlx_lfm2vl
 from mlx_lfm2vl import ConfigError, ConvertError, Quantization, convert, generate
+from mlx_lfm2vl.config import load_config
 from mlx_lfm2vl.convert import RECIPES, hf_name, make_plan
 from mlx_lfm2vl.convert_cli import main
 from mlx_lfm2vl.weights import mlx_name, read_weights
@@ -171,6 +172,20 @@ def test_dequantize(out, tmp_path):
     assert "model.language_model.embed_tokens.weight" in tensors(tmp_path / "hf")
     convert(out, tmp_path / "again", Quantization(bits=4, **SMALL), dequantize=True)
     assert config_of(tmp_path / "again")["quantization"]["bits"] == 4
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_config_for_transformers(name, out):
+    convert(FIXTURES / name, out, to_hf=True)
+    written = config_of(out)
+    assert written["model_type"] == "lfm2_vl"
+    assert written["vision_config"]["model_type"] == "siglip2_vision_model"
+    assert written["vision_config"]["num_hidden_layers"] == 2
+    assert isinstance(written["projector_use_layernorm"], bool)
+    assert not {"auto_map", "image_token_index", "vision_feature_layer"} & written.keys()
+    # and it says the same as before
+    ours, source = (load_config(folder) for folder in (out, FIXTURES / name))
+    assert ours == source
 
 
 def test_type(out):
@@ -335,8 +350,24 @@ def test_a_full_disk(out, monkeypatch):
     usage = shutil.disk_usage(out.parent)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-        with pytest.raises(ConvertError, match=r"needs .* GB, but only 0\.00 GB are free"):
+        with pytest.raises(ConvertError, match=r"needs .* MB, but only 0\.0 MB are free"):
             convert(FIXTURES / "v5", out)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_on_the_way(out):
+    """The system refuses to make the file longer, as on a full disk."""
+    code = f"""
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from mlx_lfm2vl.convert_cli import main
+main(["--hf-path", {str(FIXTURES / "v5")!r}, "--mlx-path", {str(out)!r}])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "could not be written to" in run.stderr
+    assert "Traceback" not in run.stderr
     assert list(out.parent.iterdir()) == []
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mlx_lfm2vl import Quantization, convert
+
 from .checkpoints.pictures import picture
 
 ROOT = Path(__file__).parents[1]
@@ -48,9 +50,15 @@ COMMANDS = [
 @pytest.mark.parametrize("line", [line for line in COMMANDS if "python -m" in line])
 def test_commands_run(line, folder, fixtures):
     """As they stand, but for the model and the length of endless answers."""
-    line = re.sub(
-        r"python -m (\S+)", rf"{sys.executable} -m \1 --model {fixtures / 'v5'} -m 200", line
-    )
+    if "convert" in line:
+        line = line.replace("LiquidAI/LFM2.5-VL-450M", str(fixtures / "wide"))
+        line = line.replace("python -m", f"{sys.executable} -m", 1)
+        if "lfm2-hf" in line:
+            convert(fixtures / "wide", "lfm2-4bit", Quantization())
+    else:
+        line = re.sub(
+            r"python -m (\S+)", rf"{sys.executable} -m \1 --model {fixtures / 'v5'} -m 200", line
+        )
     (folder / "photos").mkdir()
     (folder / "photos" / "a.jpg").write_bytes((folder / "photo.jpg").read_bytes())
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

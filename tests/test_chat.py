@@ -121,10 +121,13 @@ class Screen:
         self.text = self.text.partition(wanted)[2]
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(fixtures):
+def test_ctrl_c_stops_the_answer_and_not_the_program(fixtures, copied):
+    endless = copied()
+    # no token has this id, so nothing but Ctrl-C ends an answer
+    (endless / "generation_config.json").write_text('{"eos_token_id": 9999}')
     reader, writer = pty.openpty()
     process = subprocess.Popen(
-        command(fixtures, "--max-tokens", 100_000),
+        command(fixtures, "--model", endless, "--max-tokens", 1_000_000),
         stdin=writer,
         stdout=writer,
         start_new_session=True,

@@ -16,12 +16,15 @@ import glob
 import hashlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -406,8 +409,9 @@ def answer_all(task: Task, images: list[str], done: set[Key], lines: Lines) -> t
     model, processor = load(task.model, dtype=task.dtype, revision=task.revision)
     task.image_options.apply(processor.image_processor.config)  # wrong ones are told at once
     answers = errors = known = 0
-    with _Progress(len(images)) as progress:
+    with _Progress(len(images)) as progress, _ctrl_c() as check_ctrl_c:
         for image in look_ahead(task, processor, images, done):
+            check_ctrl_c()
             entry: dict[str, Any] = {"image": image.path, "digest": image.digest}
             if image.prompt is not None:
                 entry |= answer(model, processor, image.prompt, task)
@@ -497,6 +501,34 @@ def answer(
         "image_tokens": sum(response.image_tokens),
         "generation_tokens": response.generation_tokens,
     }
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[Callable[[], None]]:
+    """Makes sure that Ctrl-C ends the work.
+
+    Its exception is lost where it comes while Python runs a finalizer, so it is kept and raised
+    again when the function that this yields is called.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    came = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: object) -> None:
+        came.set()
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if came.is_set():
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Progress:

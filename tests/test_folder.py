@@ -1,5 +1,6 @@
 """Folder mode as its user sees it: killed, resumed, shared, with bad files among the good."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -22,6 +23,7 @@ import pytest
 from PIL import Image
 
 from mlx_lfm2vl import ImageError, generate
+from mlx_lfm2vl import folder as folder_module
 from mlx_lfm2vl.folder import LOOK_AHEAD, Lines, Task, build_parser, find_images, look_ahead, main
 from mlx_lfm2vl.image_processor import load_image
 
@@ -97,7 +99,12 @@ def by_image(path):
 
 
 def lines_in(folder):
-    return sum(path.read_bytes().count(b"\n") for path in folder.iterdir())
+    count = 0
+    for path in folder.iterdir():
+        # a part may be gathered, and so vanish, at any moment
+        with contextlib.suppress(FileNotFoundError):
+            count += path.read_bytes().count(b"\n")
+    return count
 
 
 def kill_after(process, folder, lines):
@@ -450,6 +457,17 @@ def test_ctrl_c_leaves_whole_lines(many, tmp_path):
     assert process.returncode == 130
     assert err.strip() == b""
     assert 20 <= len(by_image(out)) < 300
+
+
+def test_ctrl_c_that_python_lost_is_raised_again():
+    with folder_module._ctrl_c() as check:
+        check()
+        with contextlib.suppress(KeyboardInterrupt):  # as a finalizer would
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            check()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_terminal_sees_a_bar_and_a_pipe_one_line(few, tmp_path):

@@ -287,7 +287,7 @@ def plot(results: list[Fidelity], path: str | Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConvertError("the plot needs matplotlib: pip install matplotlib") from None
+        raise ConvertError('the plot needs matplotlib: pip install "mlx-lfm2vl[plot]"') from None
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for result in results:

@@ -410,6 +410,22 @@ def test_report_numbers_are_those_of_a_direct_computation(out, tmp_path, capsys)
     assert worse.bits_per_weight["language model"] == pytest.approx(8 * stored / weights)
 
 
+def test_report_as_a_plot(out, tmp_path, monkeypatch):
+    from PIL import Image
+
+    from mlx_lfm2vl.report import plot, report
+
+    convert(FIXTURES / "v5", out, Quantization(bits=8, **SMALL))
+    results = report(FIXTURES / "v5", [FIXTURES / "v5", out])
+    plot(results, tmp_path / "fidelity.png")
+    with Image.open(tmp_path / "fidelity.png") as image:
+        assert image.width > 800
+        assert len(image.getcolors(1 << 24)) > 50
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConvertError, match="the plot needs matplotlib"):
+        plot(results, tmp_path / "other.png")
+
+
 def test_report_command(out, capsys, tmp_path):
     convert(FIXTURES / "v5", out, Quantization(bits=8, **SMALL))
     (tmp_path / "samples").mkdir()

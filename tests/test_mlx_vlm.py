@@ -17,11 +17,17 @@ from .test_parity import TOLERANCE, shapes, stored
 THEIRS = FIXTURES / "mlx_vlm"
 CONVERSIONS = {
     "plain": None,
+    "bf16": None,
     # it leaves the projector alone
     "8bit": Quantization(bits=8, projector=False),
     "4bit": Quantization(bits=4, projector=False),
     "mixed_4_8": Quantization(recipe="mixed_4_8", projector=False),
 }
+
+
+def convert_as(name: str, folder) -> None:
+    dtype = "bfloat16" if name == "bf16" else None
+    convert(FIXTURES / "wide", folder / name, CONVERSIONS[name], dtype=dtype)
 
 
 def kept(name: str) -> dict[str, np.ndarray]:
@@ -47,7 +53,7 @@ def test_its_folders_load_here_with_its_logits(name):
 
 @pytest.mark.parametrize("name", CONVERSIONS)
 def test_our_conversion_is_its_own_bit_by_bit(name, tmp_path):
-    convert(FIXTURES / "wide", tmp_path / name, CONVERSIONS[name])
+    convert_as(name, tmp_path)
     ours = mx.load(str(tmp_path / name / "model.safetensors"))
     theirs = mx.load(str(THEIRS / name / "model.safetensors"))
     assert ours.keys() == theirs.keys()
@@ -61,6 +67,6 @@ def test_our_conversion_in_mlx_vlm(name, tmp_path):
     pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed; its logits are kept instead")
     from .checkpoints.compare_mlx_vlm import logits
 
-    convert(FIXTURES / "wide", tmp_path / name, CONVERSIONS[name])
+    convert_as(name, tmp_path)
     for kind, values in logits(tmp_path / name).items():
         close(mx.array(values), kept(name)[kind])

@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 TARGET = HERE / "mlx_vlm"
 CONVERSIONS = {
     "plain": {"dtype": "float32"},
+    "bf16": {"dtype": "bfloat16"},
     "8bit": {"quantize": True, "q_bits": 8, "q_group_size": 64},
     "4bit": {"quantize": True, "q_bits": 4, "q_group_size": 64},
     "mixed_4_8": {"quantize": True, "q_group_size": 64, "quant_predicate": "mixed_4_8"},
@@ -32,6 +33,8 @@ CONVERSIONS = {
 def logits(folder: Path) -> dict[str, np.ndarray]:
     """Logits (tokens, vocab) of a text and of a question about an image."""
     model = load_model(folder)
+    # stored values are what counts, so rounding in between is kept out
+    model.set_dtype(mx.float32)
     with np.load(HERE / "wide" / "cases" / "small.npz") as case:
         ids = mx.array(case["input_ids"])[None]
         pixels = mx.array((case["pixel_values"].astype(np.float32) / 255 - 0.5) / 0.5)

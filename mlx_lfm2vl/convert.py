@@ -33,10 +33,11 @@ from .loading import DTYPES
 from .model import Lfm2VlForConditionalGeneration
 from .weights import (
     INDEX,
-    STRAY_PROJECTOR_NORM,
     check_names_and_shapes,
     quantize_modules,
     read_weights,
+    weight_files,
+    without_copies,
 )
 
 MAX_SHARD_BYTES = 5 << 30
@@ -244,14 +245,8 @@ def make_plan(
     """
     model_config = load_config(source)
     config = read_json(source / "config.json")
-    weights = read_weights(source)
+    weights = without_copies(read_weights(source), model_config)
     vision_prefix = hf_vision_prefix(source)
-    if not model_config.projector_use_layernorm:
-        for name in STRAY_PROJECTOR_NORM:
-            weights.pop(name, None)
-    if model_config.text_config.tie_word_embeddings:
-        for name in [name for name in weights if name.startswith("language_model.lm_head.")]:
-            weights.pop(name)
     model = Lfm2VlForConditionalGeneration(model_config)
     quantize_modules(model, model_config.quantization, weights)
     check_names_and_shapes(model, weights)
@@ -473,8 +468,6 @@ def hf_vision_prefix(source: Path) -> str:
     MLX folders that were written here remember it; the published files have `vision_model.`.
     """
     from safetensors import safe_open
-
-    from .weights import weight_files
 
     for path in weight_files(source):
         with safe_open(str(path), framework="mlx") as file:

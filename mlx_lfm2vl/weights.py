@@ -123,17 +123,22 @@ def load_weights(model: nn.Module, config: Lfm2VlConfig, weights: dict[str, mx.a
     Raises:
         WeightsError: names a missing, unknown or misshapen tensor.
     """
-    weights = dict(weights)
-    if not config.projector_use_layernorm:
-        for name in STRAY_PROJECTOR_NORM:
-            weights.pop(name, None)
-    if config.text_config.tie_word_embeddings:
-        # a second copy of the embeddings, which some files carry
-        for name in [name for name in weights if name.startswith("language_model.lm_head.")]:
-            weights.pop(name)
+    weights = without_copies(weights, config)
     quantize_modules(model, config.quantization, weights)
     check_names_and_shapes(model, weights)
     model.load_weights(list(weights.items()), strict=True)
+
+
+def without_copies(weights: Mapping[str, mx.array], config: Lfm2VlConfig) -> dict[str, mx.array]:
+    """Leaves out the two kinds of tensors that some files carry for nothing."""
+    useless = set() if config.projector_use_layernorm else set(STRAY_PROJECTOR_NORM)
+    tied = config.text_config.tie_word_embeddings
+    return {
+        name: tensor
+        for name, tensor in weights.items()
+        # a tied head is a second copy of the embeddings
+        if name not in useless and not (tied and name.startswith("language_model.lm_head."))
+    }
 
 
 def quantize_modules(

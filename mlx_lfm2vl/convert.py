@@ -18,6 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from .config import (
     FAMILY_SAMPLING,
@@ -28,7 +29,7 @@ from .config import (
     read_json,
 )
 from .errors import ConfigError, ConvertError
-from .hub import resolve_model
+from .hub import REPOSITORY_ID, resolve_model
 from .loading import DTYPES
 from .model import Lfm2VlForConditionalGeneration
 from .weights import (
@@ -140,6 +141,7 @@ def convert(
         dtype=dtype,
         dequantize=dequantize,
         to_hf=to_hf,
+        origin=str(hf_path),
     )
     write_plan(plan, target, progress)
     return target
@@ -171,15 +173,18 @@ class Plan:
 
     Attributes:
         source: the folder that is read.
+        origin: what the user called it, a repository or a folder.
         config: the source's config.json, as it will be written.
         weights: tensors by the names of the source's modules, lazily.
         decisions: how each module is quantized; absent ones are not.
         dtype: type of the floating-point tensors, None for what each has.
         dequantized: modules whose integers become floats.
         hf_names: None for MLX's layout, or the prefix of the vision tower in transformers'.
+        parameters: how many numbers the model has, whatever they are stored in.
     """
 
     source: Path
+    origin: str
     config: dict[str, Any]
     model_config: Lfm2VlConfig
     weights: dict[str, mx.array]
@@ -187,6 +192,7 @@ class Plan:
     dtype: mx.Dtype | None
     dequantized: dict[str, dict[str, Any]]
     hf_names: str | None
+    parameters: int
 
     @property
     def nbytes(self) -> int:
@@ -208,7 +214,10 @@ class Plan:
                 kind = "dequantized"
             counts[kind] = counts.get(kind, 0) + 1
         kinds = "; ".join(f"{count} tensors {kind}" for kind, count in sorted(counts.items()))
-        return "\n".join([*(lines if every_module else []), f"{kinds}; {self.nbytes / 1e6:.1f} MB"])
+        size = (
+            f"{self.nbytes / 1e6:.1f} MB, {8 * self.nbytes / self.parameters:.2f} bits per weight"
+        )
+        return "\n".join([*(lines if every_module else []), f"{kinds}; {size}"])
 
     def tensor_nbytes(self, name: str) -> int:
         """Bytes of one source tensor after conversion."""
@@ -237,6 +246,7 @@ def make_plan(
     dtype: str | None = None,
     dequantize: bool = False,
     to_hf: bool = False,
+    origin: str | None = None,
 ) -> Plan:
     """Decides about every tensor; reads nothing but headers and configuration.
 
@@ -248,6 +258,7 @@ def make_plan(
     weights = without_copies(read_weights(source), model_config)
     vision_prefix = hf_vision_prefix(source)
     model = Lfm2VlForConditionalGeneration(model_config)
+    parameters = sum(array.size for _, array in tree_flatten(model.parameters()))
     quantize_modules(model, model_config.quantization, weights)
     check_names_and_shapes(model, weights)
     old = quantized_modules(model)
@@ -277,6 +288,7 @@ def make_plan(
         config["text_config"] = spell_out(config["text_config"], model_config.text_config)
     return Plan(
         source,
+        origin if origin is not None else source.name,
         config,
         model_config,
         weights,
@@ -284,6 +296,7 @@ def make_plan(
         DTYPES[dtype] if dtype is not None else None,
         old if dequantize else {},
         vision_prefix if to_hf else None,
+        parameters,
     )
 
 
@@ -590,15 +603,17 @@ def write_files(folder: Path, plan: Plan) -> None:
 
 def _model_card(plan: Plan, name: str) -> str:
     """A README with what was done and how to run it."""
+    is_repository = REPOSITORY_ID.fullmatch(plan.origin) is not None
+    base_model = f"base_model: {plan.origin}\n" if is_repository else ""
     return f"""---
 library_name: mlx
 pipeline_tag: image-text-to-text
 tags: [mlx, lfm2_vl]
----
+{base_model}---
 
 # {name}
 
-Converted from `{plan.source.name}` by mlx_lfm2vl: {plan.summary()}.
+Converted from `{plan.origin}` by mlx_lfm2vl: {plan.summary()}.
 
 ```sh
 python -m mlx_lfm2vl.generate --model {name} --image photo.jpg --prompt "What is in this image?"

@@ -110,7 +110,12 @@ def _convert(args: argparse.Namespace) -> None:
     target = Path(args.mlx_path) if args.dry_run else free_target(args.mlx_path, args.force)
     source = resolve_model(args.hf_path, args.revision)
     plan = make_plan(
-        source, quantization, dtype=args.dtype, dequantize=args.dequantize, to_hf=args.to_hf
+        source,
+        quantization,
+        dtype=args.dtype,
+        dequantize=args.dequantize,
+        to_hf=args.to_hf,
+        origin=args.hf_path,
     )
     sys.stdout.write(plan.summary(every_module=args.dry_run) + "\n")
     if args.dry_run:

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 import mlx_lfm2vl
 from mlx_lfm2vl import ConfigError, ConvertError, Quantization, convert, generate
 from mlx_lfm2vl.config import load_config
-from mlx_lfm2vl.convert import RECIPES, hf_name, make_plan
+from mlx_lfm2vl.convert import RECIPES, hf_name, make_plan, write_plan
 from mlx_lfm2vl.convert_cli import main
 from mlx_lfm2vl.weights import mlx_name, read_weights
 
@@ -217,7 +217,16 @@ def test_folder_holds_what_others_expect(out):
     generation = json.loads((out / "generation_config.json").read_text())
     assert generation["temperature"] == 0.1
     assert generation["min_p"] == 0.15
-    assert "4 bits" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "4 bits" in card
+    assert "bits per weight" in card
+    assert str(FIXTURES / "first") in card
+    assert "base_model" not in card
+    plan = make_plan(FIXTURES / "first", None, origin="LiquidAI/LFM2-VL-450M")
+    weights = tree_flatten(mlx_lfm2vl.load(FIXTURES / "first")[0].parameters())
+    assert plan.parameters == sum(array.size for _, array in weights)
+    write_plan(plan, out.parent / "named")
+    assert "base_model: LiquidAI/LFM2-VL-450M" in (out.parent / "named/README.md").read_text()
     _, processor = mlx_lfm2vl.load(out)
     assert processor.generation_config.sampling_source == "generation_config.json"
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 from .cache import BatchKVCache, ConvCache, KVCache
 from .config import DEFAULT_MAX_TOKENS, ImageOptions, Sampling
 from .errors import PromptError
-from .generate import Answer, AnswerOptions, read_embeddings, wired_limit
+from .generate import Answer, AnswerOptions, read_prompt, wired_limit
 from .image_processor import NO_OPTIONS, ImageInput
 from .model import Lfm2VlForConditionalGeneration
 from .processor import Conversation, Lfm2VlProcessor, Prompt
@@ -154,10 +154,7 @@ class _Row:
         if self.prompt.pixel_values is not None:
             features = model.encode_images(self.prompt.pixel_values, self.prompt.spatial_shapes)
         embeddings = model.embed(self.prompt.token_ids, features)[0]
-        language_model = model.language_model
-        read_embeddings(language_model, embeddings[:-1], self.cache)
-        hidden = language_model.model(embeddings[None, -1:], self.cache).last_hidden_state
-        y = self.choose(language_model.logits(hidden[:, -1]))
+        y = self.choose(read_prompt(model.language_model, embeddings, self.cache))
         mx.async_eval(y)
         return y
 

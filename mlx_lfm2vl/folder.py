@@ -11,6 +11,7 @@ number of processes.
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import glob
 import hashlib
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic")
 THREADS = 4
 LOOK_AHEAD = 8  # images
+# what a disk says that has no locks; there the user alone keeps two runs apart
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 LINE_START = b'{"image": '
 
 EPILOG = """\
@@ -254,8 +257,10 @@ class Lines:
         except BlockingIOError:
             self.file.close()
             raise OutputError(f"{path} is being written by another run; wait for it") from None
-        except OSError:
-            pass  # a disk without locks
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                self.file.close()
+                raise OutputError(f"{path} cannot be locked: {error.strerror}") from None
 
     def __enter__(self) -> Lines:
         return self

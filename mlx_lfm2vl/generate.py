@@ -143,6 +143,21 @@ def read_embeddings(
         mx.async_eval([entry.state for entry in cache])
 
 
+def read_prompt(
+    language_model: Lfm2ForCausalLM,
+    embeddings: mx.array,
+    cache: list[Cache],
+    cache_options: CacheOptions = NO_CACHE_OPTIONS,
+    step_size: int = PREFILL_STEP_SIZE,
+) -> mx.array:
+    """Fills a cache with (tokens, hidden); logits (1, vocab) of the last position only."""
+    rest = (len(embeddings) - 1) % step_size + 1
+    read_embeddings(language_model, embeddings[:-rest], cache, cache_options, step_size)
+    hidden = language_model.model(embeddings[None, -rest:], cache).last_hidden_state
+    quantize_caches(cache, cache_options)
+    return language_model.logits(hidden[:, -1])
+
+
 class _Step:
     """One pass through the language model and the sampler, all on the device."""
 
@@ -164,22 +179,20 @@ class _Step:
 
     def prefill(self, embeddings: mx.array, step_size: int) -> tuple[mx.array, mx.array]:
         """(tokens, hidden) -> first token (1,) and its log-probabilities (vocab,)."""
-        rest = (len(embeddings) - 1) % step_size + 1
-        read_embeddings(
-            self.language_model, embeddings[:-rest], self.cache, self.cache_options, step_size
+        return self._choose(
+            read_prompt(self.language_model, embeddings, self.cache, self.cache_options, step_size)
         )
-        return self._choose(embeddings[None, -rest:])
 
     def __call__(self, y: mx.array) -> tuple[mx.array, mx.array]:
         """Token (1,) -> next token (1,) and its log-probabilities (vocab,)."""
         if self.logits_processors:
             self.tokens = mx.concatenate([self.tokens, y])
-        return self._choose(self.language_model.embed(y[None]))
+        embeddings = self.language_model.embed(y)  # (1, hidden)
+        return self._choose(
+            read_prompt(self.language_model, embeddings, self.cache, self.cache_options)
+        )
 
-    def _choose(self, embeddings: mx.array) -> tuple[mx.array, mx.array]:
-        hidden = self.language_model.model(embeddings, self.cache).last_hidden_state
-        quantize_caches(self.cache, self.cache_options)
-        logits = self.language_model.logits(hidden[:, -1])  # (1, vocab), the last position only
+    def _choose(self, logits: mx.array) -> tuple[mx.array, mx.array]:
         for processor in self.logits_processors:
             logits = processor(self.tokens, logits)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -239,9 +252,9 @@ def stream_generate(
     )
     options = AnswerOptions(max_tokens, sampling, seed, _texts(stop))
     clock = Clock(prompt)
-    if image_features is None:
-        image_features = clock.encode(model, measure_vision)
     with wired_limit(model):
+        if image_features is None:
+            image_features = clock.encode(model, measure_vision)
         cache = model.make_cache(cache_options, len(prompt.token_ids))
         embeddings = model.embed(prompt.token_ids, image_features)[0]
         yield from stream_answer(

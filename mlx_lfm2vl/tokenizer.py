@@ -89,7 +89,7 @@ class Lfm2Tokenizer:
         if not path.exists():
             raise ModelNotFoundError(f"{path} does not exist; a model folder needs tokenizer.json")
         try:
-            tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower
             raise ConfigError(f"{path} is not a tokenizer: {error}") from None
         settings: dict[str, Any] = {}

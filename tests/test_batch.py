@@ -97,6 +97,8 @@ def test_rows_decode_together(loaded, monkeypatch):
     monkeypatch.setattr(Lfm2Model, "__call__", counting)
     requests = [BatchRequest("Count" + "!" * n, None, 10, GREEDY) for n in range(8)]
     batch_generate(*loaded(), requests, batch_size=8)
+    prompts = [(1, len(loaded()[1](request.prompt).token_ids)) for request in requests]
+    assert passes[:8] == prompts, "a prompt is read in one pass"
     assert [shape for shape in passes if shape[0] == 8] == [(8, 1)] * 9
     assert all(shape[0] in (1, 8) for shape in passes)
 

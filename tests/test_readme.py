@@ -23,6 +23,7 @@ DEFAULT_MODEL = "LiquidAI/LFM2.5-VL-450M"
 def folder(tmp_path, monkeypatch):
     for name in ("photo.jpg", "before.jpg", "after.jpg"):
         Image.fromarray(picture(100, 60, len(name))).save(tmp_path / name)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -65,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=DEFAULT_MAX_TOKENS,
         help="longest answer in tokens (default: %(default)s)",
     )
+    add_adapters(parser)
     parser.add_argument(
         "--stop", nargs="+", action="extend", default=[], help="texts that end the answer"
     )
@@ -94,6 +98,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         help="type to compute in (default: the checkpoint's on a GPU, float32 on a CPU)",
+    )
+
+
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """Trained updates beside the weights."""
+    parser.add_argument(
+        "--adapter-path", help="folder of adapters, from mlx_lfm2vl.train or mlx-lm"
     )
 
 
@@ -196,6 +207,20 @@ def run_command(prog: str, action: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C waits until the work looks: yields a function that tells whether it came."""
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield came.is_set
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def run(args: argparse.Namespace) -> None:
     """Does what the arguments ask for; errors are exceptions."""
     image_options = options_from(args, ImageOptions)
@@ -211,7 +236,9 @@ def run(args: argparse.Namespace) -> None:
     from .generate import stream_generate
     from .loading import load
 
-    model, processor = load(args.model, dtype=args.dtype, revision=args.revision)
+    model, processor = load(
+        args.model, dtype=args.dtype, revision=args.revision, adapter_path=args.adapter_path
+    )
     prompt = processor(messages, images, image_options=image_options)
     if args.verbose:
         _write_settings(processor.generation_config, stated)
@@ -248,7 +275,9 @@ def _chat(
     from .loading import load
     from .session import Session
 
-    model, processor = load(args.model, dtype=args.dtype, revision=args.revision)
+    model, processor = load(
+        args.model, dtype=args.dtype, revision=args.revision, adapter_path=args.adapter_path
+    )
     sampling = processor.generation_config.sampling.override(**stated)
     options = AnswerOptions(args.max_tokens, sampling, args.seed, tuple(args.stop))
     session = Session(

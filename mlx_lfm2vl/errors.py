@@ -29,6 +29,14 @@ class ConvertError(Lfm2VlError, ValueError):
     """A checkpoint cannot be converted as asked, or the output has no place."""
 
 
+class DataError(Lfm2VlError, ValueError):
+    """Training data cannot be used; names file and line."""
+
+
+class TrainError(Lfm2VlError, ValueError):
+    """A training run or an adapter makes no sense, or does not fit its model."""
+
+
 class OutputError(Lfm2VlError, ValueError):
     """A file of answers cannot be used."""
 

@@ -47,22 +47,31 @@ class ImageLayout:
 
 
 @dataclass(frozen=True)
-class ProcessedImage:
-    """One image as the encoder wants it.
+class ImagePlan:
+    """What follows from an image's size alone.
 
     Attributes:
-        pixel_values: (patches of all views, 3·16²) uint8.
         spatial_shapes: (rows, columns) in patches, one per view.
         layout: where the views come from.
         view_tokens: image tokens of each view.
         use_image_special_tokens: whether marks stand around and between the views.
     """
 
-    pixel_values: np.ndarray[Any, Any]
     spatial_shapes: tuple[tuple[int, int], ...]
     layout: ImageLayout
     view_tokens: tuple[int, ...]
     use_image_special_tokens: bool
+
+
+@dataclass(frozen=True)
+class ProcessedImage(ImagePlan):
+    """One image as the encoder wants it.
+
+    Attributes:
+        pixel_values: (patches of all views, 3·16²) uint8.
+    """
+
+    pixel_values: np.ndarray[Any, Any]
 
     @cached_property
     def digest(self) -> str:
@@ -97,18 +106,32 @@ class Lfm2VlImageProcessor:
             return image
         config = options.apply(self.config)
         picture = load_image(image)
-        layout = self.layout(picture.height, picture.width, options)
-        size, factor = config.tile_size, config.encoder_patch_size
-        parts, shapes = [], []
+        plan = self.plan(picture.width, picture.height, options)
+        layout, parts = plan.layout, []
         if layout.rows > 0:
+            size = config.tile_size
             parts.append(self.crop_image_to_patches(picture, layout.rows, layout.cols, size))
-            shapes += [(size // factor, size // factor)] * (layout.rows * layout.cols)
         if layout.whole is not None:
-            height, width = layout.whole
-            parts.append(_patches(self._resize(picture, height, width), 1, 1, factor))
-            shapes.append((height // factor, width // factor))
+            pixels = self._resize(picture, *layout.whole)
+            parts.append(_patches(pixels, 1, 1, config.encoder_patch_size))
         return ProcessedImage(
+            plan.spatial_shapes,
+            layout,
+            plan.view_tokens,
+            plan.use_image_special_tokens,
             np.concatenate(parts),
+        )
+
+    def plan(self, width: int, height: int, options: ImageOptions = NO_OPTIONS) -> ImagePlan:
+        """Views and tokens of an image of this size (pixels, upright), without its pixels."""
+        config = options.apply(self.config)
+        layout = self.layout(height, width, options)
+        side = config.tile_size // config.encoder_patch_size
+        shapes = [(side, side)] * (layout.rows * layout.cols)
+        if layout.whole is not None:
+            patch = config.encoder_patch_size
+            shapes.append((layout.whole[0] // patch, layout.whole[1] // patch))
+        return ImagePlan(
             tuple(shapes),
             layout,
             tuple(self.view_tokens(layout, options)),
@@ -268,6 +291,27 @@ def load_image(image: RawImage) -> Image.Image:
     name, picture = _open(image)
     with picture:
         return _upright_rgb(picture, name)
+
+
+def image_size(image: RawImage) -> tuple[int, int]:
+    """(width, height) in pixels of an upright image; of a file, only the header is read.
+
+    Raises:
+        ImageError: as `load_image`, as far as a header shows it.
+    """
+    from PIL import ExifTags, Image
+
+    if isinstance(image, Image.Image):
+        picture, name = image, "image"
+    elif hasattr(image, "shape"):
+        picture, name = _from_array(image), "array"
+    else:
+        name, picture = _open(image)
+    try:
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except DAMAGE as error:
+        raise ImageError(f"{name} is damaged: {error}") from None
+    return (picture.height, picture.width) if turned else (picture.width, picture.height)
 
 
 def _upright_rgb(picture: Image.Image, name: str) -> Image.Image:

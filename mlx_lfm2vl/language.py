@@ -217,6 +217,7 @@ class Lfm2Model(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Lfm2DecoderLayer(config, kind) for kind in config.layer_types]
         self.embedding_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.gradient_checkpointing = False
 
     def __call__(
         self,
@@ -241,7 +242,8 @@ class Lfm2Model(nn.Module):
         attentions: list[mx.array] | None = [] if output_attentions else None
         x = embeddings
         for i, layer in enumerate(self.layers):
-            x = layer(x, masks, rotary, None if cache is None else cache[i], attentions)
+            call = nn.utils.checkpoint(layer) if self.gradient_checkpointing else layer
+            x = call(x, masks, rotary, None if cache is None else cache[i], attentions)
             if output_hidden_states:
                 hidden_states.append(x)
         x = self.embedding_norm(x)

@@ -29,6 +29,7 @@ def load(
     dtype: str | None = None,
     revision: str | None = None,
     lazy: bool = True,
+    adapter_path: str | Path | None = None,
 ) -> tuple[Lfm2VlForConditionalGeneration, Lfm2VlProcessor]:
     """Loads a model and its processor.
 
@@ -40,6 +41,7 @@ def load(
         revision: branch, tag or commit of a repository.
         lazy: read each weight when it is first used, so that this returns at once and a text-only
             question never reads the vision tower; False reads everything now.
+        adapter_path: a folder of adapters, from `python -m mlx_lfm2vl.train` or mlx-lm.
 
     Returns:
         (model, processor)
@@ -48,6 +50,7 @@ def load(
         ModelNotFoundError: the folder, the repository or one of its files is not there.
         ConfigError: the configuration is unknown or contradicts itself or the tokenizer.
         WeightsError: weights are missing, unknown, misshapen or damaged.
+        TrainError: the adapters do not fit the model.
     """
     folder = resolve_model(model, revision)
     config = load_config(folder)
@@ -59,6 +62,10 @@ def load(
     network = Lfm2VlForConditionalGeneration(config, image_config)
     weights = cast_weights(read_weights(folder), compute_type)
     load_weights(network, config, weights)
+    if adapter_path is not None:
+        from .adapters import apply_adapters
+
+        apply_adapters(network, adapter_path)
     network.eval()
     if not lazy:
         mx.eval([array for _, array in tree_flatten(network.parameters())])

@@ -193,6 +193,11 @@ class Lfm2VlForConditionalGeneration(nn.Module):
         """An empty cache; see `Lfm2ForCausalLM.make_cache`."""
         return self.language_model.make_cache(options, prompt_length)
 
+    def gradient_checkpointing_enable(self) -> None:
+        """Computes each layer's activations again in the backward pass instead of keeping them."""
+        self.language_model.model.gradient_checkpointing = True
+        self.vision_tower.encoder.gradient_checkpointing = True
+
     @property
     def layers(self) -> list[Any]:
         return self.language_model.layers

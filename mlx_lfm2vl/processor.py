@@ -12,8 +12,10 @@ from .errors import PromptError
 from .image_processor import (
     NO_OPTIONS,
     ImageInput,
+    ImagePlan,
     Lfm2VlImageProcessor,
     ProcessedImage,
+    image_size,
     marks_of,
 )
 from .tokenizer import Lfm2Tokenizer, Message
@@ -55,6 +57,23 @@ class Prompt:
     pixel_values: np.ndarray[Any, Any] | None = None
     spatial_shapes: tuple[tuple[int, int], ...] = ()
     image_spans: tuple[ImageSpan, ...] = ()
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """A whole conversation as a model is trained on it; images are not yet read.
+
+    Attributes:
+        token_ids: images stand in it as runs of image tokens.
+        assistant_mask: True where the assistant wrote.
+        images: in order.
+        spatial_shapes: (rows, columns) in patches, one per view of all images.
+    """
+
+    token_ids: list[int]
+    assistant_mask: list[bool]
+    images: tuple[ImageInput, ...]
+    spatial_shapes: tuple[tuple[int, int], ...]
 
 
 class Lfm2VlProcessor:
@@ -115,14 +134,41 @@ class Lfm2VlProcessor:
             template_variables,
             now,
         )
-        places = token_ids.count(self.tokenizer.image_token_id)
-        if places != len(pictures):
-            raise PromptError(
-                f"the chat template shows {places} images of {len(pictures)}; images belong into "
-                "messages whose content it prints"
-            )
+        self._check_places(token_ids, pictures)
         processed = [self.image_processor(picture, image_options) for picture in pictures]
         return self._expand(token_ids, processed)
+
+    def transcribe(
+        self,
+        messages: Conversation,
+        images: ImageInput | Sequence[ImageInput] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        image_options: ImageOptions = NO_OPTIONS,
+    ) -> Transcript:
+        """A conversation to its last token, and which tokens the assistant wrote.
+
+        Of image files only the headers are read. Arguments and errors as in calling.
+        """
+        conversation, pictures = self._gather(messages, images)
+        ids, mask = self.tokenizer.apply_chat_template_with_mask(conversation, tools)
+        self._check_places(ids, pictures)
+        plans = [
+            picture
+            if isinstance(picture, ProcessedImage)
+            else self.image_processor.plan(*image_size(picture), image_options)
+            for picture in pictures
+        ]
+        token_ids: list[int] = []
+        assistant_mask: list[bool] = []
+        waiting = iter(plans)
+        for token, written in zip(ids, mask, strict=True):
+            is_image = token == self.tokenizer.image_token_id
+            expanded = self.image_token_ids(next(waiting)) if is_image else [token]
+            token_ids += expanded
+            assistant_mask += [written and not is_image] * len(expanded)
+        shapes = tuple(shape for plan in plans for shape in plan.spatial_shapes)
+        return Transcript(token_ids, assistant_mask, tuple(pictures), shapes)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Ids to text."""
@@ -134,7 +180,7 @@ class Lfm2VlProcessor:
         """`decode` for each sequence."""
         return self.tokenizer.batch_decode(sequences, skip_special_tokens)
 
-    def image_token_ids(self, image: ProcessedImage) -> list[int]:
+    def image_token_ids(self, image: ImagePlan) -> list[int]:
         """The tokens of one image: marks, and a run of image tokens for each view.
 
         Tiles come row by row, each after `<|img_row_R_col_C|>`; the thumbnail comes last.
@@ -155,6 +201,14 @@ class Lfm2VlProcessor:
         for mark, count in zip(marks, image.view_tokens, strict=True):
             ids += [*mark, *[tokenizer.image_token_id] * count]
         return [*ids, tokenizer.token_id(tokenizer.image_end_token)]
+
+    def _check_places(self, token_ids: list[int], pictures: list[ImageInput]) -> None:
+        places = token_ids.count(self.tokenizer.image_token_id)
+        if places != len(pictures):
+            raise PromptError(
+                f"the chat template shows {places} images of {len(pictures)}; images belong into "
+                "messages whose content it prints"
+            )
 
     def _expand(self, token_ids: list[int], processed: list[ProcessedImage]) -> Prompt:
         """Puts each image's tokens in the place of its single `<image>`."""

@@ -414,11 +414,11 @@ class _Images:
             whole = None if about["whole"] is None else tuple(about["whole"])
             found.append(
                 ProcessedImage(
-                    np.array(arrays[f"image.{n}"]),
                     tuple((rows, cols) for rows, cols in about["spatial_shapes"]),
                     ImageLayout(about["rows"], about["cols"], whole),
                     tuple(about["view_tokens"]),
                     about["use_image_special_tokens"],
+                    np.array(arrays[f"image.{n}"]),
                 )
             )
         return cls(found)

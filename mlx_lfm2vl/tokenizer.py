@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,9 @@ TRUSTED_ROLES = ("assistant", "system")
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+
+# Noncharacters that stand around what the assistant wrote, while masks are made
+ASSISTANT_START, ASSISTANT_END = "\U0001fffe", "\U0001ffff"
 
 
 class Lfm2Tokenizer:
@@ -168,6 +172,22 @@ class Lfm2Tokenizer:
         Raises:
             PromptError: the template refuses the conversation.
         """
+        context = self._context(
+            messages, tools, add_generation_prompt, continue_final_message, variables, now
+        )
+        rendered = _render(self._template, context)
+        return _cut_at_tag(rendered) if continue_final_message else rendered
+
+    def _context(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Any] | None,
+        now: datetime | None,
+    ) -> dict[str, Any]:
+        """The names that a template sees."""
         if not messages:
             raise PromptError("the conversation is empty; it needs one message or more")
         # absent and None are the same to callers, but not to templates
@@ -182,18 +202,15 @@ class Lfm2Tokenizer:
                 )
             messages = _tag_final_message(messages)
         names = {name: token for name, token in self.names.items() if name.endswith("_token")}
-        rendered = self._render(
-            {
-                **names,
-                **(variables or {}),
-                "messages": [_with_reasoning(message) for message in messages],
-                "tools": tools,
-                "documents": None,
-                "add_generation_prompt": add_generation_prompt,
-                "strftime_now": (now if now is not None else datetime.now()).strftime,
-            }
-        )
-        return _cut_at_tag(rendered) if continue_final_message else rendered
+        return {
+            **names,
+            **(variables or {}),
+            "messages": [_with_reasoning(message) for message in messages],
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "strftime_now": (now if now is not None else datetime.now()).strftime,
+        }
 
     def apply_chat_template(
         self,
@@ -224,13 +241,46 @@ class Lfm2Tokenizer:
             ids += self.encode_plain(guard.restore(part)) if special is None else [special]
         return ids
 
-    def _render(self, context: Mapping[str, Any]) -> str:
-        from jinja2 import TemplateError
+    def apply_chat_template_with_mask(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        now: datetime | None = None,
+    ) -> tuple[list[int], list[bool]]:
+        """The conversation as ids, and for each whether the assistant wrote it.
 
-        try:
-            return self._template.render(**context)
-        except (TemplateError, TypeError) as error:
-            raise PromptError(f"the chat template refuses this conversation: {error}") from None
+        The template's `{% generation %}` blocks decide, as `return_assistant_tokens_mask` of
+        transformers; without them, all between `<|im_start|>assistant` and `<|im_end|>`, the end
+        mark included.
+        """
+        guard = TextGuard(self, messages, tools)
+        context = self._context(guard.messages, guard.tools, False, False, variables, now)
+        rendered = _render(self._marked_template, context)
+        if not _has_generation_marks(self.chat_template):
+            turn = rf"(<\|im_start\|>assistant\n)(.*?{re.escape(self.eos_token)})"
+            marked = rf"\1{ASSISTANT_START}\2{ASSISTANT_END}"
+            rendered = re.sub(turn, marked, rendered, flags=re.DOTALL)
+        ids: list[int] = []
+        mask: list[bool] = []
+        inside = False
+        for part in self._special_pattern.split(rendered):
+            special = self.special_tokens.get(part)
+            if special is not None:
+                ids.append(special)
+                mask.append(inside)
+                continue
+            text, written = "", list[bool]()
+            for piece in re.split(f"([{ASSISTANT_START}{ASSISTANT_END}])", guard.restore(part)):
+                if piece in (ASSISTANT_START, ASSISTANT_END):
+                    inside = piece == ASSISTANT_START
+                else:
+                    text += piece
+                    written += [inside] * len(piece)
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
+            ids += encoding.ids
+            mask += [any(written[start:stop]) for start, stop in encoding.offsets]
+        return ids, mask
 
     @cached_property
     def _special_pattern(self) -> re.Pattern[str]:
@@ -242,6 +292,25 @@ class Lfm2Tokenizer:
         if self.chat_template is None:
             raise ConfigError("the model folder has no chat_template.jinja")
         return compile_template(self.chat_template)
+
+    @cached_property
+    def _marked_template(self) -> jinja2.Template:
+        if self.chat_template is None:
+            raise ConfigError("the model folder has no chat_template.jinja")
+        return compile_template(self.chat_template, mark_generation=True)
+
+
+def _render(template: jinja2.Template, context: Mapping[str, Any]) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return template.render(**context)
+    except (TemplateError, TypeError) as error:
+        raise PromptError(f"the chat template refuses this conversation: {error}") from None
+
+
+def _has_generation_marks(template: str | None) -> bool:
+    return template is not None and re.search(r"{%-?\s*generation\b", template) is not None
 
 
 def _token_names(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -268,7 +337,7 @@ class TextGuard:
         tools: Sequence[Mapping[str, Any]] | None,
     ) -> None:
         everything = "".join(_strings(messages)) + "".join(_strings(tools))
-        candidates = (*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900), *range(0xF0000, 0x10FFFE))
+        candidates = chain(range(0xFDD0, 0xFDF0), range(0xE000, 0xF900), range(0xF0000, 0x10FFFE))
         self.mark = next(chr(c) for c in candidates if chr(c) not in everything)
         self._image = re.compile(re.escape(tokenizer.image_token))
         self._special = tokenizer._special_pattern
@@ -367,8 +436,11 @@ def _cut_at_tag(rendered: str) -> str:
     return rendered[:place] if kept_space else rendered[:place].rstrip()
 
 
-def compile_template(source: str) -> jinja2.Template:
-    """Compiles a chat template in a sandbox, with the names `transformers` offers."""
+def compile_template(source: str, mark_generation: bool = False) -> jinja2.Template:
+    """Compiles a chat template in a sandbox, with the names `transformers` offers.
+
+    `mark_generation` puts `ASSISTANT_START` and `ASSISTANT_END` around generation blocks.
+    """
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -381,6 +453,8 @@ def compile_template(source: str) -> jinja2.Template:
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            if mark_generation:
+                body = [_text_node(ASSISTANT_START), *body, _text_node(ASSISTANT_END)]
             return jinja2.nodes.Scope(body).set_lineno(line)
 
     environment = ImmutableSandboxedEnvironment(
@@ -392,6 +466,12 @@ def compile_template(source: str) -> jinja2.Template:
         return environment.from_string(source)
     except jinja2.TemplateError as error:
         raise ConfigError(f"chat_template.jinja is not a template: {error}") from None
+
+
+def _text_node(text: str) -> jinja2.nodes.Output:
+    from jinja2 import nodes
+
+    return nodes.Output([nodes.TemplateData(text)])
 
 
 def _to_json(

@@ -151,11 +151,12 @@ class Siglip2Encoder(nn.Module):
     def __init__(self, config: Siglip2VisionConfig) -> None:
         super().__init__()
         self.layers = [Siglip2EncoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.gradient_checkpointing = False
 
     def __call__(self, x: mx.array) -> Iterator[mx.array]:
         """Yields each layer's output, (views, patches, hidden)."""
         for layer in self.layers:
-            x = layer(x)
+            x = nn.utils.checkpoint(layer)(x) if self.gradient_checkpointing else layer(x)
             yield x
 
 

@@ -3,7 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install test lint format clean
+.PHONY: demo install test lint format clean
+
+# the model that comes with the package answers a question and draws what it finds
+demo: $(VENV)/demo
+	$(BIN)/python -m mlx_lfm2vl.generate --model demo --image examples/demo/picture.png \
+		--prompt "What is in this image?"
+	$(BIN)/python examples/demo/detect.py --image examples/demo/picture.png \
+		--query star circle --output boxes.png
+
+$(VENV)/demo: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
 
 install: $(VENV)/installed
 

@@ -12,22 +12,27 @@ if TYPE_CHECKING:
     from .batch import BatchRequest, BatchResult, batch_generate, stream_batch
     from .config import CacheOptions, ImageOptions, ImageProcessorConfig, Lfm2VlConfig, Sampling
     from .convert import Quantization, convert
+    from .data import read_dataset
     from .errors import (
         ConfigError,
         ConvertError,
+        DataError,
         ImageError,
         Lfm2VlError,
         ModelNotFoundError,
         PromptError,
         SnapshotError,
+        TrainError,
         WeightsError,
     )
+    from .fuse import fuse
     from .generate import GenerationResponse, generate, stream_generate
     from .image_processor import Lfm2VlImageProcessor
     from .loading import load
     from .model import Lfm2VlForConditionalGeneration, Lfm2VlOutput
     from .processor import Lfm2VlProcessor, Prompt
     from .session import Session, Usage
+    from .train import Trainer, TrainingOptions
     from .worker import Request, RequestCancelled, Worker
 
 # name -> module; imported when first used, so that `import mlx_lfm2vl` costs next to nothing
@@ -37,6 +42,7 @@ _EXPORTS = {
     "CacheOptions": "config",
     "ConfigError": "errors",
     "ConvertError": "errors",
+    "DataError": "errors",
     "GenerationResponse": "generate",
     "ImageError": "errors",
     "ImageOptions": "config",
@@ -56,13 +62,18 @@ _EXPORTS = {
     "Sampling": "config",
     "Session": "session",
     "SnapshotError": "errors",
+    "TrainError": "errors",
+    "Trainer": "train",
+    "TrainingOptions": "train",
     "Usage": "session",
     "WeightsError": "errors",
     "Worker": "worker",
     "batch_generate": "batch",
     "convert": "convert",
+    "fuse": "fuse",
     "generate": "generate",
     "load": "loading",
+    "read_dataset": "data",
     "stream_batch": "batch",
     "stream_generate": "generate",
 }
@@ -73,6 +84,7 @@ __all__ = [
     "CacheOptions",
     "ConfigError",
     "ConvertError",
+    "DataError",
     "GenerationResponse",
     "ImageError",
     "ImageOptions",
@@ -92,14 +104,19 @@ __all__ = [
     "Sampling",
     "Session",
     "SnapshotError",
+    "TrainError",
+    "Trainer",
+    "TrainingOptions",
     "Usage",
     "WeightsError",
     "Worker",
     "__version__",
     "batch_generate",
     "convert",
+    "fuse",
     "generate",
     "load",
+    "read_dataset",
     "stream_batch",
     "stream_generate",
 ]

@@ -66,6 +66,7 @@ class AdaptedLinear(nn.Module):
         if update.magnitude is not None:
             weight = float_weight(linear) + update_of(update, scale)
             self.stretch = update.magnitude / mx.linalg.norm(weight, axis=1)
+            mx.eval(self.stretch)  # what is left to do could only be done by this thread
 
     def __call__(self, x: mx.array) -> mx.array:
         out = self.linear(x)
@@ -171,12 +172,15 @@ def check_fit(linear: nn.Module | None, name: str, update: Update, folder: str |
     """Raises a TrainError where an update does not belong to a linear map."""
     if not isinstance(linear, (nn.Linear, nn.QuantizedLinear)):
         raise TrainError(f"{folder}: {name} is no linear map of this model")
-    shape = (linear_inputs(linear), linear.weight.shape[0])
-    stored = (update.lora_a.shape[0], update.lora_b.shape[1])
-    if shape != stored:
-        raise TrainError(
-            f"{folder}: {name} is for a map of {stored} inputs and outputs, not {shape}"
-        )
+    inputs, outputs = linear_inputs(linear), linear.weight.shape[0]
+    rank = update.lora_a.shape[-1]
+    fitting = {"lora_a": (inputs, rank), "lora_b": (rank, outputs), "m": (outputs,)}
+    for kind, tensor in zip(fitting, update, strict=True):
+        if tensor is not None and tensor.shape != fitting[kind]:
+            raise TrainError(
+                f"{folder}: {name}.{kind} has shape {tensor.shape}; a map of {inputs} inputs and "
+                f"{outputs} outputs needs {fitting[kind]}"
+            )
 
 
 def linear_inputs(linear: nn.Module) -> int:

@@ -91,7 +91,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
-        help="folder or Hugging Face repository (default: %(default)s)",
+        help="folder, Hugging Face repository, or demo (default: %(default)s)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
     parser.add_argument(

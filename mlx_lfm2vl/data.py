@@ -10,8 +10,10 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from .config import ImageOptions
 from .errors import DataError, Lfm2VlError
@@ -61,6 +63,15 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @cached_property
+    def digest(self) -> int:
+        """A fingerprint of the tokens of all samples."""
+        digest = 0
+        for sample in self.samples:
+            digest = crc32(sample.token_ids.tobytes(), digest)
+            digest = crc32(sample.assistant_mask.tobytes(), digest)
+        return digest
 
 
 @dataclass(frozen=True)
@@ -121,11 +132,7 @@ def read_dataset(
     """
     samples: list[Sample] = []
     skipped: list[tuple[int, str]] = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -143,6 +150,14 @@ def read_dataset(
     if not samples:
         raise DataError(f"{path} has no usable line")
     return Dataset(path, tuple(samples), tuple(skipped))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file; only a line feed ends one, texts may hold other separators."""
+    try:
+        return path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
 
 
 def read_sample(
@@ -172,12 +187,15 @@ def read_conversation(line: str, folder: Path) -> tuple[list[Any], Any]:
     images = entry.get("images") or []
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise DataError('"images" must be a list of paths')
+    tools = entry.get("tools")
+    if tools and not (isinstance(tools, list) and all(isinstance(t, Mapping) for t in tools)):
+        raise DataError('"tools" must be a list of JSON schemas')
     waiting = iter(images)
     messages = [_with_paths(message, folder, waiting) for message in entry["messages"]]
     unused = sum(1 for _ in waiting)
     if unused:
         raise DataError(f'"images" has {unused} more than the messages have places')
-    return messages, entry.get("tools")
+    return messages, tools
 
 
 def _with_paths(message: Any, folder: Path, waiting: Iterator[str]) -> Any:
@@ -186,8 +204,11 @@ def _with_paths(message: Any, folder: Path, waiting: Iterator[str]) -> Any:
         return message
     items = []
     for item in message["content"]:
-        if isinstance(item, Mapping) and item.get("type") == "image":
-            image = next((item[key] for key in ("image", "path", "url") if key in item), None)
+        if isinstance(item, Mapping) and item.get("type") in ("image", "image_url"):
+            names = ("image", "url", "path", "image_url")
+            image = next((item[name] for name in names if item.get(name) is not None), None)
+            if isinstance(image, Mapping):  # {"image_url": {"url": …}}
+                image = image.get("url")
             image = image if image is not None else next(waiting, None)
             if image is None:
                 raise DataError("the messages have more image places than images")
@@ -222,13 +243,13 @@ def batch_order(
     rng = random.Random(f"{seed} {epoch}")
     order = list(range(len(samples)))
     rng.shuffle(order)
+    # chance decides what waits, not length
+    order = order[: len(order) // batch_size * batch_size] or order
     batches = []
     for start in range(0, len(order), batch_size * NEIGHBOURS):
         # sorted among neighbours only: what comes together stays a matter of chance
         near = sorted(order[start : start + batch_size * NEIGHBOURS], key=lambda i: len(samples[i]))
         batches += [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
-    full = [batch for batch in batches if len(batch) == batch_size]
-    batches = full if full else batches
     rng.shuffle(batches)
     return batches
 
@@ -241,9 +262,10 @@ def collate(
 ) -> Batch:
     """Reads the images of samples and lays the samples side by side.
 
+    Where no sample is left, the batch is a row of padding that adds nothing to a step.
+
     Raises:
-        DataError: an image cannot be read, with the line of its sample, and none may be skipped
-            or none is left.
+        DataError: an image cannot be read, with the line of its sample, and none may be skipped.
     """
     import numpy as np
 
@@ -254,13 +276,16 @@ def collate(
             pictures.append((sample, images))
         except Lfm2VlError as error:
             skipped.append((sample.line, str(error)))
-    if skipped and not (skip_bad and pictures):
+    if skipped and not skip_bad:
         raise DataError(f"line {skipped[0][0]}: {skipped[0][1]}")
     # rows with views of one shape beside each other: the vision tower takes them together
     pictures.sort(key=lambda pair: [image.spatial_shapes for image in pair[1]])
-    length = -(-max(len(sample) for sample, _ in pictures) // PAD_MULTIPLE) * PAD_MULTIPLE
-    token_ids = np.zeros((len(pictures), length), dtype=np.int32)
-    positions, targets, pixels = [], [], []
+    length = max((len(sample) for sample, _ in pictures), default=1)
+    length = -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+    token_ids = np.zeros((max(1, len(pictures)), length), dtype=np.int32)
+    positions = [np.zeros(0, np.int64)]
+    targets = [np.zeros(0, np.int32)]
+    pixels = []
     shapes: list[tuple[int, int]] = []
     for row, (sample, images) in enumerate(pictures):
         token_ids[row, : len(sample)] = sample.token_ids

@@ -25,6 +25,7 @@ def fuse(
     adapter_path: str | Path,
     save_path: str | Path,
     *,
+    dtype: str | None = None,
     dequantize: bool = False,
     to_hf: bool = False,
     revision: str | None = None,
@@ -38,6 +39,7 @@ def fuse(
         model: folder or repository of the base.
         adapter_path: folder of the adapters.
         save_path: the folder to write.
+        dtype: type of what stays floating point; by default what the base has.
         to_hf: in the layout of transformers.
 
     Raises:
@@ -46,7 +48,9 @@ def fuse(
     """
     target = free_target(save_path, force)
     source = resolve_model(model, revision)
-    plan = make_plan(source, None, dequantize=dequantize, to_hf=to_hf, origin=str(model))
+    plan = make_plan(
+        source, None, dtype=dtype, dequantize=dequantize, to_hf=to_hf, origin=str(model)
+    )
     fuse_plan(plan, adapter_path)
     write_plan(plan, target)
     return target
@@ -113,6 +117,7 @@ def _run(args: argparse.Namespace) -> None:
         args.model,
         args.adapter_path,
         args.save_path,
+        dtype=args.dtype,
         dequantize=args.dequantize,
         to_hf=args.to_hf,
         revision=args.revision,

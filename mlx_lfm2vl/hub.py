@@ -11,18 +11,24 @@ from .errors import ModelNotFoundError
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 REPOSITORY_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
+# The small model that comes with this package; a folder of that name in use wins
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parent / "demo"
+
 
 def resolve_model(model: str | Path, revision: str | None = None) -> Path:
     """The folder of a model; a repository of the Hugging Face Hub is downloaded first.
 
     Args:
-        model: a folder, or `owner/name`.
+        model: a folder, `owner/name`, or `demo` for the small model inside this package.
         revision: branch, tag or commit of a repository.
 
     Raises:
         ModelNotFoundError: neither a folder nor a repository that can be had.
     """
     folder = Path(model).expanduser()
+    if str(model) == DEMO and not (folder / "config.json").exists():
+        return DEMO_FOLDER
     if folder.is_dir():
         return folder
     if folder.exists():

@@ -28,6 +28,7 @@ ImageInput = Union[RawImage, "ProcessedImage"]
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, RuntimeError, struct.error)
 
 URL_TIMEOUT = 30.0  # seconds
+ORIENTATION = 0x0112  # EXIF tag
 NO_OPTIONS = ImageOptions()
 
 
@@ -299,16 +300,20 @@ def image_size(image: RawImage) -> tuple[int, int]:
     Raises:
         ImageError: as `load_image`, as far as a header shows it.
     """
-    from PIL import ExifTags, Image
+    from PIL import Image
 
     if isinstance(image, Image.Image):
-        picture, name = image, "image"
-    elif hasattr(image, "shape"):
-        picture, name = _from_array(image), "array"
-    else:
-        name, picture = _open(image)
+        return _upright_size(image, "image")
+    if hasattr(image, "shape"):
+        return _upright_size(_from_array(image), "array")
+    name, picture = _open(image)
+    with picture:
+        return _upright_size(picture, name)
+
+
+def _upright_size(picture: Image.Image, name: str) -> tuple[int, int]:
     try:
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        turned = picture.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
     except DAMAGE as error:
         raise ImageError(f"{name} is damaged: {error}") from None
     return (picture.height, picture.width) if turned else (picture.width, picture.height)
@@ -320,10 +325,12 @@ def _upright_rgb(picture: Image.Image, name: str) -> Image.Image:
     if picture.width < 1 or picture.height < 1:
         raise ImageError(f"{name} has {picture.width}x{picture.height} pixels; it is empty")
     try:
-        picture = ImageOps.exif_transpose(picture)
+        if picture.getexif().get(ORIENTATION, 1) != 1:  # the function copies in any case
+            picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I;16"):
             picture = picture.point(lambda value: value / 256).convert("L")
-        return picture.convert("RGB")
+        picture.load()
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
     except DAMAGE as error:
         raise ImageError(f"{name} is damaged: {error}") from None
 

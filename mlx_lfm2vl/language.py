@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from .cache import Cache, ConvCache, Quantized, make_attention_cache, quantized_attention
 from .config import CacheOptions, Lfm2Config
+from .vision import checkpointed
 
 
 class Rotary(NamedTuple):
@@ -242,7 +243,8 @@ class Lfm2Model(nn.Module):
         attentions: list[mx.array] | None = [] if output_attentions else None
         x = embeddings
         for i, layer in enumerate(self.layers):
-            call = nn.utils.checkpoint(layer) if self.gradient_checkpointing else layer
+            again = self.gradient_checkpointing and self.training
+            call = checkpointed(layer) if again else layer
             x = call(x, masks, rotary, None if cache is None else cache[i], attentions)
             if output_hidden_states:
                 hidden_states.append(x)

@@ -34,8 +34,9 @@ def load(
     """Loads a model and its processor.
 
     Args:
-        model: a folder, or a repository of the Hugging Face Hub such as
-            `LiquidAI/LFM2.5-VL-450M`.
+        model: a folder, a repository of the Hugging Face Hub such as
+            `LiquidAI/LFM2.5-VL-450M`, or `demo`, a tiny model inside this package that knows
+            drawn shapes and printed words.
         dtype: `float32`, `float16` or `bfloat16`. By default the checkpoint's own on a GPU, and
             float32 on a CPU, where MLX has no fast product of smaller types.
         revision: branch, tag or commit of a repository.

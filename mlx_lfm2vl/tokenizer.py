@@ -21,7 +21,7 @@ from .errors import ConfigError, ModelNotFoundError, PromptError
 
 if TYPE_CHECKING:
     import jinja2
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 Message = Mapping[str, Any]
 
@@ -129,10 +129,11 @@ class Lfm2Tokenizer:
 
     def encode_plain(self, text: str) -> list[int]:
         """Text to ids; nothing in it becomes a control token."""
-        if not text:
-            return []
+        return self._encode(text).ids if text else []
+
+    def _encode(self, text: str) -> Encoding:
         try:
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
+            return self.tokenizer.encode(text, add_special_tokens=False)
         except TypeError:
             raise PromptError(f"{text!r} has a lone surrogate, half a character") from None
 
@@ -277,7 +278,7 @@ class Lfm2Tokenizer:
                 else:
                     text += piece
                     written += [inside] * len(piece)
-            encoding = self.tokenizer.encode(text, add_special_tokens=False)
+            encoding = self._encode(text)
             ids += encoding.ids
             mask += [any(written[start:stop]) for start, stop in encoding.offsets]
         return ids, mask

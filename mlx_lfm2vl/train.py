@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -34,16 +34,19 @@ from .data import (
     collate,
     prefetch,
     read_conversation,
+    read_lines,
     text_of,
 )
-from .errors import TrainError
+from .errors import DataError, ImageError, PromptError, TrainError
 from .generate import generate
 from .image_processor import NO_OPTIONS
 from .model import Lfm2VlForConditionalGeneration
 from .processor import Lfm2VlProcessor
+from .vision import random_seed
 from .weights import check_file, read_weights
 
-OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "adafactor")
+OPTIMIZERS = ("adamw", "adam", "muon", "sgd", "lion", "adafactor")
+MUON_RATE = 5.0  # Muon's learning rate over that of AdamW, which it leaves vectors and tables to
 SCHEDULES = ("cosine", "linear", "constant")
 
 CHECKPOINT = "checkpoint-"
@@ -104,6 +107,10 @@ class TrainingOptions:
         for name in ("iters", "batch_size", "grad_accumulation_steps", "rank", "max_length"):
             if getattr(self, name) < 1:
                 raise TrainError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.num_layers < 1 and self.num_layers != -1:
+            raise TrainError(f"num_layers is {self.num_layers}; it must be 1 or more, or -1")
+        if self.optimizer == "adam" and self.weight_decay != 0:
+            raise TrainError("adam has no weight_decay; adamw has")
         if not self.learning_rate > 0:
             raise TrainError(f"learning_rate is {self.learning_rate}; it must be above 0")
         if not 0 <= self.warmup < self.iters:
@@ -137,6 +144,8 @@ def loss_sum(model: Lfm2VlForConditionalGeneration, batch: Batch) -> mx.array:
 
     Only positions whose next token counts are projected to the vocabulary.
     """
+    if len(batch.targets) == 0:
+        return mx.array(0.0)
     features = None
     if batch.pixel_values is not None:
         features = model.encode_images(batch.pixel_values, batch.spatial_shapes)
@@ -171,11 +180,20 @@ def make_optimizer(options: TrainingOptions) -> optim.Optimizer:
         return optim.AdamW(rate, weight_decay=decay, bias_correction=True)
     if options.optimizer == "adam":
         return optim.Adam(rate, bias_correction=True)
+    if options.optimizer == "muon":
+        faster = make_schedule(replace(options, learning_rate=MUON_RATE * options.learning_rate))
+        rest = optim.AdamW(rate, weight_decay=decay, bias_correction=True)
+        return optim.MultiOptimizer([optim.Muon(faster, weight_decay=0.0), rest], [_is_map])
     if options.optimizer == "sgd":
         return optim.SGD(rate, momentum=0.9, weight_decay=decay)
     if options.optimizer == "lion":
         return optim.Lion(rate, weight_decay=decay)
     return optim.Adafactor(rate, weight_decay=decay, relative_step=False)
+
+
+def _is_map(name: str, weight: mx.array) -> bool:
+    """Whether a weight maps one hidden state to another, which Muon is made for."""
+    return weight.ndim == 2 and "embed" not in name and "lm_head" not in name
 
 
 def step(
@@ -204,6 +222,7 @@ def step(
     if size > 1:
         total, counted = mx.distributed.all_sum(total), mx.distributed.all_sum(counted)
         grads = tree_map(lambda grad: grad * size, nn.average_gradients(grads))
+    counted = mx.maximum(counted, 1.0)  # every image of the step may be unreadable
     grads = tree_map(lambda grad: grad / counted.astype(grad.dtype), grads)
     limit = max_grad_norm if max_grad_norm > 0 else float("inf")
     grads, norm = optim.clip_grad_norm(grads, limit)
@@ -274,8 +293,6 @@ class Trainer:
         """
         target = output / f"{CHECKPOINT}{self.steps_done:06}"
         state = dict(tree_flatten(self.optimizer.state, destination={}))
-        for i, array in enumerate(_random_state()):
-            state[f"random_state.{i}"] = array
         nbytes = sum(array.nbytes for array in state.values())
         with complete_folder(target, nbytes) as folder:
             mx.save_safetensors(str(folder / STATE_ARRAYS), state)
@@ -303,6 +320,8 @@ class Trainer:
         for name in ("samples", "machines"):
             if before[name] != now[name]:
                 raise TrainError(f"{checkpoint} had {before[name]} {name}, not {now[name]}")
+        if before["data"] != now["data"]:
+            raise TrainError(f"{checkpoint} was made with other samples; resume with the same data")
         self.steps_done = int(before["step"])
         if self.adapter_config is None:
             weights = read_weights(checkpoint)
@@ -315,16 +334,16 @@ class Trainer:
         }
         self.model.load_weights(list(learned.items()), strict=False)
         state = _load_arrays(checkpoint / STATE_ARRAYS)
-        chance = _random_state()
-        for i in range(len(chance)):
-            chance[i] = state.pop(f"random_state.{i}")
         self.optimizer.state = tree_unflatten(list(state.items()))
+        mx.random.seed(int(before["random_seed"]))
         mx.eval(self.model.parameters(), self.optimizer.state)
 
     def _description(self) -> dict[str, Any]:
         return {
             "step": self.steps_done,
+            "random_seed": random_seed(),
             "samples": len(self.dataset),
+            "data": self.dataset.digest,
             "machines": self.group.size(),
             # as JSON gives it back, so that both sides of a comparison look alike
             "options": json.loads(json.dumps(asdict(self.options))),
@@ -388,14 +407,15 @@ def validation_loss(
     processor: Lfm2VlProcessor,
     dataset: Dataset,
     options: TrainingOptions,
+    skip_bad: bool = False,
 ) -> float:
     """Mean loss over all tokens that count, of this machine's share and all others'."""
     group = mx.distributed.init()
     total, counted = mx.array(0.0), 0
-    order = batch_order(dataset.samples, options.batch_size, 0, 0)
-    for chosen in order[group.rank() :: group.size()]:
-        samples = [dataset.samples[i] for i in chosen]
-        batch = collate(samples, processor.image_processor, options.image_options)
+    samples, size = sorted(dataset.samples, key=len), options.batch_size
+    batches = [samples[i : i + size] for i in range(0, len(samples), size)]
+    for chosen in batches[group.rank() :: group.size()]:
+        batch = collate(chosen, processor.image_processor, options.image_options, skip_bad)
         total = total + loss_sum(model, batch)
         counted += len(batch.targets)
         mx.eval(total)
@@ -415,23 +435,30 @@ def answer_metric(
     metric: Callable[[str, str], float],
     limit: int,
     options: TrainingOptions,
+    skip_bad: bool = False,
 ) -> float:
     """Mean metric of greedy answers in the place of each sample's last assistant turn.
 
     Args:
         metric: a function of (answer, reference).
         limit: at most so many samples, the first ones.
+        skip_bad: leave samples out whose images cannot be read.
     """
-    lines = dataset.path.read_text(encoding="utf-8").splitlines()
-    total, chosen = 0.0, dataset.samples[:limit]
-    for sample in chosen:
+    lines = read_lines(dataset.path)
+    values = []
+    for sample in dataset.samples[:limit]:
         messages, tools = read_conversation(lines[sample.line - 1], dataset.path.parent)
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        prompt = processor(messages[:last], tools=tools, image_options=options.image_options)
+        try:
+            prompt = processor(messages[:last], tools=tools, image_options=options.image_options)
+        except (ImageError, PromptError) as error:  # or nothing stands before the answer
+            if skip_bad:
+                continue
+            raise DataError(f"{dataset.path} line {sample.line}: {error}") from None
         room = max(1, options.max_length - len(prompt.token_ids))
         text = generate(model, processor, prompt, max_tokens=min(room, ANSWER), temperature=0.0)
-        total += metric(text, text_of(messages[last]))
-    return total / len(chosen)
+        values.append(metric(text, text_of(messages[last])))
+    return sum(values) / max(1, len(values))
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -472,11 +499,6 @@ def publish(
         write_result(model, adapter_config, Path(folder), source)
         for path in Path(folder).iterdir():
             os.replace(path, output / path.name)
-
-
-def _random_state() -> list[mx.array]:
-    """The live list behind MLX's random numbers."""
-    return cast("list[mx.array]", mx.random.state)
 
 
 def _number(array: mx.array) -> float:

@@ -91,7 +91,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--iters", type=positive, help="steps (default: 1000)")
     group.add_argument("--batch-size", type=positive, help="per machine (default: 4)")
     group.add_argument("--grad-accumulation-steps", type=positive, help="batches (default: 1)")
-    group.add_argument("--optimizer", help="adamw, adam, sgd, lion, adafactor (default: adamw)")
+    group.add_argument("--optimizer", help="adamw, adam, muon, sgd, lion or adafactor (adamw)")
     group.add_argument("--learning-rate", type=float, help="default: 1e-4")
     group.add_argument("--schedule", help="cosine, linear or constant (default: cosine)")
     group.add_argument("--warmup", type=int, help="steps (default: 0)")
@@ -183,6 +183,8 @@ class Run:
     def save(self) -> None:
         if self.is_first:
             self.trainer.save(self.output, self.source, self.args.keep_checkpoints)
+        # where one process ends, MLX's launcher kills the others, even while they write
+        self.any_machine(False)
 
     def evaluate(self) -> tuple[float | None, float | None]:
         """Validation loss and mean metric, where asked for."""
@@ -191,13 +193,28 @@ class Run:
         if self.validation is None:
             return None, None
         trainer = self.trainer
-        loss = validation_loss(trainer.model, trainer.processor, self.validation, trainer.options)
+        bad = self.args.skip_bad
+        loss = validation_loss(
+            trainer.model, trainer.processor, self.validation, trainer.options, bad
+        )
         if self.metric is None or not self.is_first:
             return loss, None
         limit = self.args.metric_samples
         return loss, answer_metric(
-            trainer.model, trainer.processor, self.validation, self.metric, limit, trainer.options
+            trainer.model,
+            trainer.processor,
+            self.validation,
+            self.metric,
+            limit,
+            trainer.options,
+            bad,
         )
+
+    def any_machine(self, value: bool) -> bool:
+        """Whether it is true on any machine; each waits until all of them ask."""
+        import mlx.core as mx
+
+        return bool(mx.distributed.all_max(mx.array(value, mx.int32)).item())
 
 
 def run_steps(run: Run) -> None:
@@ -214,17 +231,19 @@ def run_steps(run: Run) -> None:
             last = report.step == trainer.options.iters
             if move is not None:
                 move(report.step)
-            if report.step % args.save_every == 0 or last or interrupted():
+            # asked once a step: what comes later waits for the next one, and its checkpoint
+            stop = run.any_machine(interrupted())
+            if report.step % args.save_every == 0 or last or stop:
                 run.save()
             evaluated = report.step % args.steps_per_eval == 0 or last
-            if report.step % args.steps_per_report == 0 or evaluated or interrupted():
+            if report.step % args.steps_per_report == 0 or evaluated or stop:
                 row = _row(recent, *(run.evaluate() if evaluated else (None, None)))
                 recent = []
                 rows.append(row)
                 run.say(_line(row))
                 if run.is_first:
                     write_log(run.output / LOG, rows)
-            if interrupted():
+            if stop:
                 run.say(f"stopped after step {report.step}; --resume goes on from here")
                 raise KeyboardInterrupt
     if run.is_first:
@@ -322,7 +341,7 @@ def free_output(output: Path, resume: bool) -> Path:
     """The folder of the run; a TrainError where it holds another run's result."""
     if resume:
         latest(output)
-        for unfinished in output.glob(".checkpoint-*"):
+        for unfinished in (*output.glob(".checkpoint-*"), *output.glob(".result-*")):
             shutil.rmtree(unfinished, ignore_errors=True)
         return output
     if output.exists() and any(output.iterdir()):

@@ -6,9 +6,9 @@ nothing is padded, and no mask exists. After `transformers`' `modeling_siglip2.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,6 +35,30 @@ def activation(name: str) -> Callable[[mx.array], mx.array]:
     if name not in ACTIVATIONS:
         raise ConfigError(f"activation {name!r} is unknown; it must be one of {list(ACTIVATIONS)}")
     return ACTIVATIONS[name]
+
+
+def checkpointed(layer: nn.Module) -> Callable[..., Any]:
+    """The layer, computed again in the backward pass, with the same random numbers as before."""
+    first: list[int] = []
+
+    def call(*args: Any) -> Any:
+        now = random_seed()
+        if not first:
+            first.append(now)
+            return layer(*args)
+        mx.random.seed(first[0])
+        out = layer(*args)
+        mx.random.seed(now)
+        return out
+
+    return nn.utils.checkpoint(layer, call)
+
+
+def random_seed() -> int:
+    """The seed that brings MLX's random numbers back to where they are."""
+    [state] = cast("Iterable[mx.array]", mx.random.state)
+    high, low = cast("list[int]", state.tolist())
+    return high << 32 | low
 
 
 class Siglip2VisionOutput(NamedTuple):
@@ -156,7 +180,8 @@ class Siglip2Encoder(nn.Module):
     def __call__(self, x: mx.array) -> Iterator[mx.array]:
         """Yields each layer's output, (views, patches, hidden)."""
         for layer in self.layers:
-            x = nn.utils.checkpoint(layer)(x) if self.gradient_checkpointing else layer(x)
+            again = self.gradient_checkpointing and self.training
+            x = checkpointed(layer)(x) if again else layer(x)
             yield x
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def make_config(tokenizer: Tokenizer) -> dict[str, Any]:
             "block_auto_adjust_ff_dim": False,
             "num_hidden_layers": 6,
             "num_attention_heads": 3,
-            "num_key_value_heads": 1,
+            "num_key_value_heads": 3,
             "layer_types": ["conv", "full_attention"] * 3,
             "conv_L_cache": 3,
             "conv_bias": False,
@@ -193,21 +194,62 @@ def make_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
+def waves(length: int, count: int) -> mx.array:
+    """The first cosine waves over a length, (count, length); wave 0 is constant."""
+    places = (mx.arange(length) + 0.5) * (math.pi / length)
+    return mx.cos(mx.arange(count)[:, None] * places)
+
+
+def position_table(places: int, hidden: int) -> mx.array:
+    """Random sums of waves over rows or columns, (places, hidden), as strong as the picture.
+
+    Positions that start as noise are drowned by the mean colour, which is easier to learn: the
+    encoder then spreads that over all patches and never finds out where anything is.
+    """
+    side = round(places**0.5)
+    axis = mx.random.normal((side, side - 1)) @ waves(side, side)[1:]
+    axis = mx.random.normal((hidden // 2, side)) @ axis / (side * 2**-0.5)  # (hidden / 2, side)
+    rows, columns = mx.repeat(axis.T, side, axis=0), mx.tile(axis[::-1].T, (side, 1))
+    return mx.concatenate([rows, columns], axis=1)
+
+
+def patch_filters(hidden: int, side: int) -> mx.array:
+    """Random sums of slow waves over a patch and its colours, (hidden, side·side·3).
+
+    They answer to edges and colours; white noise hardly answers to anything.
+    """
+    count = 5
+    basis = (waves(side, count)[:, None, :, None] * waves(side, count)[None, :, None, :]).reshape(
+        count * count, side * side
+    )
+    basis = basis / mx.linalg.norm(basis, axis=1, keepdims=True)
+    strength = mx.concatenate([mx.array([0.15]), mx.ones(count * count - 1)])  # little brightness
+    mixed = mx.random.normal((hidden * 3, count * count)) * strength @ basis
+    filters = mixed.reshape(hidden, 3, side * side).transpose(0, 2, 1)
+    return filters.reshape(hidden, side * side * 3) * FILTER
+
+
 def random_weights(config: dict[str, Any], seed: int) -> dict[str, mx.array]:
-    """Norms at one, biases at zero, everything else normal with 0.02, in float32."""
+    """Norms at one, biases at zero, maps normal, positions and patch filters as waves."""
     mx.random.seed(seed)
     model = Lfm2VlForConditionalGeneration(Lfm2VlConfig.from_dict(config))
 
     def fill(name: str, weight: mx.array) -> mx.array:
         if weight.ndim == 1:
             return mx.zeros_like(weight) if name.endswith("bias") else mx.ones_like(weight)
-        # a short convolution sums three values, a matrix hundreds
-        return mx.random.normal(weight.shape) * (0.3 if ".conv.conv." in name else 0.02 * SPREAD)
+        if name.endswith("position_embedding.weight"):
+            return position_table(*weight.shape)
+        if name.endswith("patch_embedding.weight"):
+            return patch_filters(weight.shape[0], 16)
+        # so wide that a map keeps the size of what it maps: from small weights, a model learns
+        # one thing after the other, with long waits between
+        inputs = 3 if ".conv.conv." in name else weight.shape[1]
+        return mx.random.normal(weight.shape) * inputs**-0.5
 
     return dict(tree_flatten(tree_map_with_path(fill, model.parameters())))
 
 
-SPREAD = 2.5  # widths of 128 want larger weights than those of a thousand
+FILTER = 0.3  # makes a picture's edges as strong as its positions
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

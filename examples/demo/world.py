@@ -42,6 +42,7 @@ WORDS = (
 # fmt: on
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 TASKS = ("describe", "count", "colour", "where", "read", "detect", "compare")
+MAP = "map"  # asked in training only: what stands where teaches a model to look there
 
 DETECT = (
     "Detect all instances of: {query}. Response must be a JSON array: "
@@ -53,6 +54,7 @@ PHRASES = {
     "where": ("Where is the {0}?",),
     "read": ("What does the picture say?", "What is written here?"),
     "count": ("How many {0} are there?",),
+    MAP: ("Map the picture.",),
 }
 
 Box = tuple[float, float, float, float]
@@ -124,6 +126,7 @@ def make_scene(
     text: bool = False,
     shapes: Sequence[str] = SHAPES,
     least: int = 0,
+    most: int = 5,
 ) -> Scene:
     """Draws up a scene: its size, and things that do not touch.
 
@@ -131,10 +134,11 @@ def make_scene(
         large: big enough to be cut into tiles by the demo model's processor.
         text: with a word or a number.
         shapes: kinds to choose from.
-        least: no fewer shapes than that.
+        least, most: bounds of how many shapes.
     """
     width, height = _size(rng, large)
-    count = max(least, rng.choices((1, 2, 3, 4, 5), (3, 4, 4, 2, 1))[0] - (1 if text else 0))
+    count = rng.choices((1, 2, 3, 4, 5), (3, 4, 4, 2, 1))[0] - (1 if text else 0)
+    count = min(max(least, count), most)
     kinds, colors = list(shapes), list(COLORS)
     if rng.random() < 0.5:  # few kinds, so that some come twice
         kinds, colors = rng.sample(kinds, min(2, len(kinds))), rng.sample(colors, 3)
@@ -313,6 +317,8 @@ def ask(rng: random.Random, task: str, scene: Scene) -> tuple[str, str] | None:
     """A question of a task about one picture and its answer, or None where it does not fit."""
     if task == "describe":
         return rng.choice(PHRASES[task]), describe(scene)
+    if task == MAP:
+        return PHRASES[task][0], draw_map(scene)
     if task == "count":
         return _ask_count(rng, scene)
     if task == "read":
@@ -334,6 +340,17 @@ def describe(scene: Scene) -> str:
     """All things from left to right: `a red circle, the word LAMP and a blue star`."""
     names = [thing.name if thing.is_text else _with_article(thing.name) for thing in scene.things]
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def draw_map(scene: Scene) -> str:
+    """Three rows of three fields with what has its center there: `-, -, red star; …`."""
+    fields: list[list[list[str]]] = [[[] for _ in range(3)] for _ in range(3)]
+    for thing in scene.things:
+        x, y = thing.center
+        column, row = int(3 * x / scene.width), int(3 * y / scene.height)
+        fields[row][column].append(thing.kind if thing.is_text else thing.name)
+    rows = (", ".join(" + ".join(names) or "-" for names in row) for row in fields)
+    return "; ".join(rows)
 
 
 def _with_article(name: str) -> str:
@@ -423,7 +440,12 @@ def compare(rng: random.Random, first: Scene, second: Scene) -> tuple[str, str]:
 
 
 def make_example(
-    split: str, number: int, task: str | None = None, turns: int = 1, large: bool | None = None
+    split: str,
+    number: int,
+    task: str | None = None,
+    turns: int = 1,
+    large: bool | None = None,
+    most: int = 5,
 ) -> Example:
     """The example of a number in a split.
 
@@ -431,16 +453,17 @@ def make_example(
         task: of the first question; by default any.
         turns: how many questions, at most; those after the first are of any task.
         large: big enough for tiles; by default every seventh or so.
+        most: shapes of a picture, at most.
     """
     rng = random.Random(f"{split} {number} {task}")
     chosen = task if task is not None else rng.choice(TASKS)
     is_large = large if large is not None else rng.random() < 0.14
     if chosen == "compare":
-        return _make_comparison(rng, turns)
+        return _make_comparison(rng, turns, most)
     while True:
         least = 0 if chosen in ("read", "describe") else 1
         text = chosen == "read" or rng.random() < 0.3
-        scene = make_scene(rng, is_large, text, least=least)
+        scene = make_scene(rng, is_large, text, least=least, most=most)
         first = ask(rng, chosen, scene) if len(scene.things) > 0 else None
         if first is not None:
             break
@@ -448,15 +471,17 @@ def make_example(
     others = [name for name in TASKS if name not in (chosen, "compare")]
     rng.shuffle(others)
     for name in (*others, "detect", "count"):
-        more = ask(rng, name, scene) if len(asked) < turns else None
+        more = ask(rng, name, scene) if len(asked) < turns - 1 else None
         if more is not None and more not in asked:
             asked.append(more)
+    if turns > 1:  # the last question, since its answer gives away the others'
+        asked.append((PHRASES[MAP][0], draw_map(scene)))
     return Example((draw(scene),), (scene,), chosen, tuple(asked))
 
 
-def _make_comparison(rng: random.Random, turns: int) -> Example:
-    first = make_scene(rng, least=1)
-    second = make_scene(rng, least=1)
+def _make_comparison(rng: random.Random, turns: int, most: int) -> Example:
+    first = make_scene(rng, least=1, most=most)
+    second = make_scene(rng, least=1, most=most)
     if rng.random() < 0.5:  # with one shape in common
         shared = rng.choice(first.shapes)
         second = _with_thing(rng, second, shared)
@@ -493,9 +518,9 @@ def messages_of(example: Example, images: Sequence[Any]) -> list[dict[str, Any]]
     return messages
 
 
-def write_example(folder: Path, split: str, turns: int, number: int) -> str:
+def write_example(folder: Path, split: str, turns: int, most: int, number: int) -> str:
     """Writes an example's pictures; returns its line for the data file."""
-    example = make_example(split, number, turns=turns)
+    example = make_example(split, number, turns=turns, most=most)
     names = []
     for i, picture in enumerate(example.pictures):
         names.append(f"pictures/{number // 1000:03d}/{number:06d}_{i}.jpg")
@@ -510,10 +535,11 @@ def main() -> None:
     parser.add_argument("--split", default="train", help="train, validation or test")
     parser.add_argument("--count", type=int, default=1000, help="examples (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=1, help="questions per picture, at most")
+    parser.add_argument("--shapes", type=int, default=5, help="shapes per picture, at most")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    write = partial(write_example, args.output, args.split, args.turns)
+    write = partial(write_example, args.output, args.split, args.turns, args.shapes)
     with ProcessPoolExecutor() as pool, open(args.output / "data.jsonl", "w") as file:
         for line in pool.map(write, range(args.count), chunksize=50):
             file.write(line + "\n")

@@ -40,6 +40,14 @@ CASES: dict[str, list[tuple[str, list[str | tuple[int, int]]]]] = {
     "text": [("user", ["How many cats are there? \N{SNOWMAN}"])],
 }
 SOME_CASES = ("small", "tiled", "text")
+# what the assistant is trained to answer; rows of different length, with and without images
+TRAINED = {
+    "small": "A red cat, and the dog sleeps under the table.",
+    "tiled": "There are two red squares and one blue circle.",
+    "interleaved": "Nothing.",
+    "turns": "Under the large yellow star.",
+    "text": "Ten.",
+}
 
 
 def messages(case: str) -> list[dict[str, object]]:

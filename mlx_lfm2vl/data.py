@@ -112,7 +112,7 @@ def find_split(data: str | Path, split: str) -> Path | None:
 
 
 def read_dataset(
-    path: Path,
+    path: str | Path,
     processor: Lfm2VlProcessor,
     *,
     max_length: int,
@@ -130,6 +130,7 @@ def read_dataset(
     Raises:
         DataError: the first bad line and its reason, or nothing usable at all.
     """
+    path = Path(path).expanduser()
     samples: list[Sample] = []
     skipped: list[tuple[int, str]] = []
     for number, line in enumerate(read_lines(path), 1):

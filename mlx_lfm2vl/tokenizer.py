@@ -255,6 +255,9 @@ class Lfm2Tokenizer:
         transformers; without them, all between `<|im_start|>assistant` and `<|im_end|>`, the end
         mark included.
         """
+        marks = (ASSISTANT_START, ASSISTANT_END)
+        if any(mark in text for text in (*_strings(messages), *_strings(tools)) for mark in marks):
+            raise PromptError("a text holds U+1FFFE or U+1FFFF, which are no characters")
         guard = TextGuard(self, messages, tools)
         context = self._context(guard.messages, guard.tools, False, False, variables, now)
         rendered = _render(self._marked_template, context)

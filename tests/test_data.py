@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer
 
-from mlx_lfm2vl import DataError
+from mlx_lfm2vl import DataError, PromptError
 from mlx_lfm2vl.data import (
     NEIGHBOURS,
     PAD_MULTIPLE,
@@ -551,3 +551,11 @@ def test_prefetch_passes_errors_on():
         next(batches)
     assert list(batches) == []
     assert not any("lfm2vl-data" in thread.name for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("mark", ["\U0001fffe", "\U0001ffff"])
+def test_text_may_not_hold_the_marks_that_masks_are_made_with(loaded, mark):
+    _, processor = loaded("v5")
+    messages = [{"role": "user", "content": f"a{mark}b"}, {"role": "assistant", "content": "c"}]
+    with pytest.raises(PromptError, match="U\\+1FFFE"):
+        processor.transcribe(messages)

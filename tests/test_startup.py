@@ -10,7 +10,12 @@ from PIL import Image
 
 HEAVY = ("transformers", "torch", "mlx_lm", "numpy", "PIL", "jinja2", "huggingface_hub")
 # printed after everything else, so that the last line of stdout is the list
-PROGRAMS = {("generate", "cli"), ("batch", "folder"), ("convert", "convert_cli")}
+PROGRAMS = {
+    ("generate", "cli"),
+    ("batch", "folder"),
+    ("convert", "convert_cli"),
+    ("train", "train_cli"),
+}
 REPORT = """
 import atexit, json, sys
 atexit.register(lambda: print(json.dumps(sorted(m for m in sys.modules if "." not in m))))
@@ -72,9 +77,9 @@ def test_imports_go_one_way():
 
     order = [
         "_version", "errors", "config", "hub", "image_processor", "tokenizer", "processor",
-        "cache", "vision", "projector", "language", "model", "weights", "loading", "sampling",
-        "generate", "snapshots", "session", "batch", "worker", "chat", "cli", "folder", "report",
-        "convert", "convert_cli",
+        "cache", "vision", "projector", "language", "model", "weights", "adapters", "loading",
+        "sampling", "generate", "snapshots", "session", "batch", "worker", "chat", "cli", "folder",
+        "report", "convert", "convert_cli", "data", "train", "train_cli", "fuse",
     ]  # fmt: skip
     folder = Path(mlx_lfm2vl.__file__).parent
     assert {path.stem for path in folder.glob("*.py")} == {*order, "__init__"}

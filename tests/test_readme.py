@@ -56,6 +56,8 @@ def test_commands_run(line, folder, fixtures):
         line = line.replace("python -m", f"{sys.executable} -m", 1)
         if "lfm2-hf" in line:
             convert(fixtures / "wide", "lfm2-4bit", Quantization())
+    elif "train" in line or "fuse" in line or "adapter" in line:
+        line = prepare_training(line, folder, fixtures)
     else:
         line = re.sub(
             r"python -m (\S+)", rf"{sys.executable} -m \1 --model {fixtures / 'v5'} -m 200", line
@@ -68,15 +70,32 @@ def test_commands_run(line, folder, fixtures):
         line, shell=True, capture_output=True, text=True, env=environment, input="/quit\n"
     )
     assert run.returncode == 0, run.stderr
+    assert "Traceback" not in run.stderr
     written = [*folder.glob("*.json"), *folder.glob("*.jsonl")]
     assert len(run.stdout) > 1 or any(file.stat().st_size > 1 for file in written)
+
+
+def prepare_training(line, folder, fixtures):
+    """The samples that the README shows, and adapters where a command reads some."""
+    sample = next(block for kind, block in BLOCKS if kind == "json")
+    (folder / "samples.jsonl").write_text(sample * 4)
+    train = next(command for command in COMMANDS if "mlx_lfm2vl.train" in command)
+
+    def with_model(command, *more):
+        added = " ".join(["--model", str(fixtures / "v5"), *more])
+        return re.sub(r"python -m (\S+)", rf"{sys.executable} -m \1 {added}", command)
+
+    if line == train:
+        return with_model(train, "--iters", "2")
+    subprocess.run(with_model(train, "--iters", "1"), shell=True, check=True, capture_output=True)
+    return with_model(line)
 
 
 def test_other_commands_are_those_that_ci_runs():
     others = [line for line in COMMANDS if "python -m" not in line]
     assert others[-1] == "make test"
     assert "make test" in (ROOT / ".ci" / "run").read_text()
-    assert all(line.startswith("pip install ") for line in others[:-1])
+    assert all(line.startswith(("pip install ", "make demo")) for line in others[:-1])
 
 
 def test_every_link_into_the_repository_exists():

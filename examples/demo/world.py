@@ -15,7 +15,7 @@ import math
 import random
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -518,9 +518,14 @@ def messages_of(example: Example, images: Sequence[Any]) -> list[dict[str, Any]]
     return messages
 
 
-def write_example(folder: Path, split: str, turns: int, most: int, number: int) -> str:
+def write_example(
+    folder: Path, split: str, turns: int, most: int, detect: bool, number: int
+) -> str:
     """Writes an example's pictures; returns its line for the data file."""
     example = make_example(split, number, turns=turns, most=most)
+    if not detect:
+        kept = [turn for turn in example.turns if not turn[0].startswith(DETECT[:10])]
+        example = replace(example, turns=tuple(kept))
     names = []
     for i, picture in enumerate(example.pictures):
         names.append(f"pictures/{number // 1000:03d}/{number:06d}_{i}.jpg")
@@ -536,10 +541,16 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000, help="examples (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=1, help="questions per picture, at most")
     parser.add_argument("--shapes", type=int, default=5, help="shapes per picture, at most")
+    parser.add_argument(
+        "--no-detect",
+        dest="detect",
+        action="store_false",
+        help="without boxes, whose digits drown all else at the beginning",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    write = partial(write_example, args.output, args.split, args.turns, args.shapes)
+    write = partial(write_example, args.output, args.split, args.turns, args.shapes, args.detect)
     with ProcessPoolExecutor() as pool, open(args.output / "data.jsonl", "w") as file:
         for line in pool.map(write, range(args.count), chunksize=50):
             file.write(line + "\n")

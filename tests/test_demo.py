@@ -1,0 +1,334 @@
+"""What the model inside the package does with pictures that it has never seen.
+
+The other tests compare numbers; these measure behaviour.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_lfm2vl import (
+    CacheOptions,
+    Quantization,
+    Sampling,
+    Session,
+    Trainer,
+    TrainingOptions,
+    convert,
+    generate,
+    load,
+    read_dataset,
+)
+from mlx_lfm2vl.generate import generate_step
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "demo"))
+import evaluate  # noqa: E402
+import world  # noqa: E402
+
+README = (ROOT / "mlx_lfm2vl" / "demo" / "README.md").read_text(encoding="utf-8")
+STATED = {task: float(value) for task, value in re.findall(r"^\| (\w+) \| ([\d.]+) ", README, re.M)}
+PICTURES = 24  # per task
+
+
+def margin(percent):
+    """What so few pictures may be away from the stated 72: three standard errors."""
+    share = percent / 100
+    return 3 * (share * (1 - share) * (1 / PICTURES + 1 / 72)) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """Pictures of the test split, by task."""
+    return {
+        task: [world.make_example("test", number, task) for number in range(PICTURES)]
+        for task in world.TASKS
+    }
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load("demo", dtype="float32")
+
+
+def scores(model, processor, examples):
+    """Mean score by task."""
+    result = {}
+    for task, chosen in examples.items():
+        answers = evaluate.ask_all(model, processor, chosen)
+        values = [
+            evaluate.score(task, answer, example.turns[0][1])
+            for answer, example in zip(answers, chosen, strict=True)
+        ]
+        result[task] = sum(values) / len(values)
+    return result
+
+
+@pytest.fixture(scope="module")
+def float_scores(demo, examples):
+    return scores(*demo, examples)
+
+
+@pytest.mark.parametrize("task", world.TASKS)
+def test_it_sees(task, float_scores):
+    assert abs(float_scores[task] - STATED[task] / 100) <= margin(STATED[task])
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss"),
+    [(Quantization(bits=8), 0.005), (Quantization(recipe="lfm2_4bit"), 0.03)],
+    ids=["8 bits", "4 bits"],
+)
+def test_it_still_sees_when_quantized(settings, loss, tmp_path, examples, float_scores):
+    folder = convert("demo", tmp_path / "quantized", settings)
+    quantized = scores(*load(folder, dtype="float32"), examples)
+    mean = sum(quantized.values()) / len(quantized)
+    # two answers of 168 more or less are chance
+    assert mean >= sum(float_scores.values()) / len(float_scores) - loss - 0.012
+
+
+def test_it_is_blind_without_pixels(demo, examples):
+    """Grey pictures in place of the real ones: nothing but guesses is left."""
+    model, processor = demo
+    blank = {
+        task: [
+            world.Example(
+                tuple(picture.point(lambda _: 128) for picture in example.pictures),
+                example.scenes,
+                example.task,
+                example.turns,
+            )
+            for example in chosen[:40]
+        ]
+        for task, chosen in examples.items()
+    }
+    found = scores(model, processor, blank)
+    chance = {"describe": 0.1, "count": 0.6, "colour": 0.35, "where": 0.3}
+    chance |= {"read": 0.1, "detect": 0.25, "compare": 0.75}
+    assert all(found[task] <= limit for task, limit in chance.items()), found
+
+
+def test_the_official_code_answers_the_same(demo, examples):
+    """Exported with `--to-hf`, the weights give these answers in transformers."""
+    stored = json.loads((ROOT / "tests" / "checkpoints" / "demo_answers.json").read_text())
+    for task, answers in stored.items():
+        assert evaluate.ask_all(*demo, examples[task][: len(answers)]) == answers, task
+
+
+def some(examples, each=2):
+    return [example for chosen in examples.values() for example in chosen[:each]]
+
+
+def questions(examples):
+    return [world.messages_of(example, example.pictures)[:1] for example in examples]
+
+
+def test_ways_of_asking_agree(demo, examples):
+    """Batches, sessions, chunked reading and a window as long as the prompt change no answer."""
+    model, processor = demo
+    chosen = some(examples)
+    alone = [
+        generate(model, processor, question, temperature=0.0, max_tokens=100)
+        for question in questions(chosen)
+    ]
+    assert evaluate.ask_all(model, processor, chosen, batch_size=5) == alone
+    for question, answer in zip(questions(chosen), alone, strict=True):
+        assert in_chunks(model, processor, question) == answer
+        rotating = generate(
+            model,
+            processor,
+            question,
+            temperature=0.0,
+            max_tokens=100,
+            # room for the prompt, which stays, and for a window beside it
+            cache_options=CacheOptions(max_kv_size=512),
+        )
+        assert rotating == answer
+
+
+def in_chunks(model, processor, question, size=7):
+    """The greedy answer where the prompt goes through the model a few positions at once."""
+    prompt = processor(question)
+    features = model.encode_images(prompt.pixel_values, prompt.spatial_shapes)
+    tokens = []
+    for token, _ in generate_step(
+        prompt.token_ids,
+        model,
+        max_tokens=100,
+        prefill_step_size=size,
+        input_embeddings=model.embed(prompt.token_ids, features)[0],
+    ):
+        if token == processor.tokenizer.eos_token_id:
+            break
+        tokens.append(token)
+    return processor.decode(tokens, skip_special_tokens=True)
+
+
+def test_a_session_answers_as_single_questions_do(demo, examples):
+    model, processor = demo
+    for example in [*examples["describe"][:3], *examples["detect"][:3]]:
+        session = Session(model, processor)
+        session.see(*example.pictures)
+        for question in ("What is in this image?", "How many shapes are there?"):
+            told = session.ask(question, sampling=Sampling(temperature=0.0), max_tokens=100)
+            single = generate(
+                model, processor, question, example.pictures, temperature=0.0, max_tokens=100
+            )
+            assert told == single
+
+
+def heart_data(folder, split, count):
+    """Pictures with a heart, which the model has never seen, among shapes that it knows."""
+    (folder / "pictures").mkdir(parents=True)
+    lines = []
+    for number in range(count):
+        scene = heart_scene(split, number)
+        name = f"pictures/{number}.png"
+        world.draw(scene).save(folder / name)
+        example = world.Example((), (scene,), "describe", (heart_question(scene),))
+        lines.append(json.dumps({"messages": world.messages_of(example, [name])}))
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "train.jsonl"
+
+
+def heart_scene(split, number):
+    import random
+
+    rng = random.Random(f"heart {split} {number}")
+    while True:
+        shapes = (*world.SHAPES, *[world.NEW_SHAPE] * 6)
+        scene = world.make_scene(rng, shapes=shapes, least=1, most=2)
+        if any(thing.kind == world.NEW_SHAPE for thing in scene.shapes):
+            return scene
+
+
+def heart_question(scene):
+    return "What is in this image?", world.describe(scene)
+
+
+def heart_accuracy(model, processor):
+    scenes = [heart_scene("test", number) for number in range(60)]
+    asked = [
+        world.Example((world.draw(scene),), (scene,), "describe", (heart_question(scene),))
+        for scene in scenes
+    ]
+    answers = evaluate.ask_all(model, processor, asked)
+    return sum(
+        answer == example.turns[0][1] for answer, example in zip(answers, asked, strict=True)
+    ) / len(asked)
+
+
+def test_a_short_lora_run_teaches_a_new_word(tmp_path):
+    model, processor = load("demo", dtype="float32")
+    assert heart_accuracy(model, processor) == 0
+    data = heart_data(tmp_path, "train", 256)
+    dataset = read_dataset(data, processor, max_length=512)
+    options = TrainingOptions(
+        train=("language", "projector", "vision"),
+        iters=120,
+        batch_size=8,
+        rank=8,
+        learning_rate=2e-3,
+        warmup=5,
+    )
+    reports = list(Trainer(model, processor, dataset, options).run())
+    model.eval()
+    assert heart_accuracy(model, processor) >= 0.8
+
+
+def test_the_folder_is_small_and_complete():
+    folder = ROOT / "mlx_lfm2vl" / "demo"
+    assert (folder / "model.safetensors").stat().st_size <= 6_000_000
+    assert set(STATED) == set(world.TASKS)
+    model, _ = load("demo")
+    assert 1e6 <= sum(array.size for _, array in tree_flatten(model.parameters())) <= 3e6
+
+
+def test_a_wheel_holds_the_model_and_needs_no_network(tmp_path):
+    built = tmp_path / "source"
+    shutil.copytree(
+        ROOT, built, ignore=shutil.ignore_patterns(".git", ".venv", "tests", "*.egg-info", "build")
+    )
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "."],
+        cwd=built,
+        check=True,
+        capture_output=True,
+    )
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path / "installed")
+    # no file of this repository, no proxy, no hub
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path / "installed"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "nothing"),
+    }
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "mlx_lfm2vl.generate", "--model", "demo"),
+            *("--image", str(ROOT / "examples" / "demo" / "picture.png")),
+            *("--prompt", "What is in this image?", "--json"),
+        ],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["text"] == picture_answer()
+
+
+def test_the_picture_is_of_the_world():
+    from PIL import Image
+
+    drawn = world.make_example("picture", PICTURE, "describe", large=True).pictures[0]
+    stored = Image.open(ROOT / "examples" / "demo" / "picture.png")
+    assert stored.tobytes() == drawn.tobytes()
+
+
+def picture_answer():
+    """What stands in examples/demo/picture.png."""
+    return world.describe(world.make_example("picture", PICTURE, "describe", large=True).scenes[0])
+
+
+PICTURE = 24
+
+
+def test_make_demo_in_a_fresh_clone(tmp_path):
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    # this environment in place of one that would have to be downloaded
+    (clone / ".venv").mkdir()
+    for name in ("bin", "lib", "pyvenv.cfg"):
+        (clone / ".venv" / name).symlink_to(Path(sys.prefix) / name)
+    (clone / ".venv" / "demo").touch()
+    run = subprocess.run(
+        ["make", "demo"],
+        cwd=clone,
+        env={**os.environ, "PYTHONPATH": str(clone)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert picture_answer() in run.stdout
+    from PIL import Image
+
+    boxes = Image.open(clone / "boxes.png")
+    picture = Image.open(clone / "examples" / "demo" / "picture.png")
+    zoom = boxes.width // picture.width
+    assert boxes.size == (picture.width * zoom, picture.height * zoom)
+    plain = picture.convert("RGB").resize(boxes.size)
+    changed = np.any(np.asarray(boxes) != np.asarray(plain), axis=-1).mean()
+    assert 0.005 < changed < 0.2
+    mx.clear_cache()

@@ -22,12 +22,9 @@ from mlx_lfm2vl import (
     Quantization,
     Sampling,
     Session,
-    Trainer,
-    TrainingOptions,
     convert,
     generate,
     load,
-    read_dataset,
 )
 from mlx_lfm2vl.generate import generate_step
 
@@ -38,7 +35,7 @@ import world  # noqa: E402
 
 README = (ROOT / "mlx_lfm2vl" / "demo" / "README.md").read_text(encoding="utf-8")
 STATED = {task: float(value) for task, value in re.findall(r"^\| (\w+) \| ([\d.]+) ", README, re.M)}
-PICTURES = 24  # per task
+PICTURES = 14  # per task
 
 
 def margin(percent):
@@ -93,8 +90,8 @@ def test_it_still_sees_when_quantized(settings, loss, tmp_path, examples, float_
     folder = convert("demo", tmp_path / "quantized", settings)
     quantized = scores(*load(folder, dtype="float32"), examples)
     mean = sum(quantized.values()) / len(quantized)
-    # two answers of 168 more or less are chance
-    assert mean >= sum(float_scores.values()) / len(float_scores) - loss - 0.012
+    # one or two answers of 98 more or less are chance
+    assert mean >= sum(float_scores.values()) / len(float_scores) - loss - 0.02
 
 
 def test_it_is_blind_without_pixels(demo, examples):
@@ -108,7 +105,7 @@ def test_it_is_blind_without_pixels(demo, examples):
                 example.task,
                 example.turns,
             )
-            for example in chosen[:40]
+            for example in chosen
         ]
         for task, chosen in examples.items()
     }
@@ -185,65 +182,6 @@ def test_a_session_answers_as_single_questions_do(demo, examples):
                 model, processor, question, example.pictures, temperature=0.0, max_tokens=100
             )
             assert told == single
-
-
-def heart_data(folder, split, count):
-    """Pictures with a heart, which the model has never seen, among shapes that it knows."""
-    (folder / "pictures").mkdir(parents=True)
-    lines = []
-    for number in range(count):
-        scene = heart_scene(split, number)
-        name = f"pictures/{number}.png"
-        world.draw(scene).save(folder / name)
-        example = world.Example((), (scene,), "describe", (heart_question(scene),))
-        lines.append(json.dumps({"messages": world.messages_of(example, [name])}))
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "train.jsonl"
-
-
-def heart_scene(split, number):
-    import random
-
-    rng = random.Random(f"heart {split} {number}")
-    while True:
-        shapes = (*world.SHAPES, *[world.NEW_SHAPE] * 6)
-        scene = world.make_scene(rng, shapes=shapes, least=1, most=2)
-        if any(thing.kind == world.NEW_SHAPE for thing in scene.shapes):
-            return scene
-
-
-def heart_question(scene):
-    return "What is in this image?", world.describe(scene)
-
-
-def heart_accuracy(model, processor):
-    scenes = [heart_scene("test", number) for number in range(60)]
-    asked = [
-        world.Example((world.draw(scene),), (scene,), "describe", (heart_question(scene),))
-        for scene in scenes
-    ]
-    answers = evaluate.ask_all(model, processor, asked)
-    return sum(
-        answer == example.turns[0][1] for answer, example in zip(answers, asked, strict=True)
-    ) / len(asked)
-
-
-def test_a_short_lora_run_teaches_a_new_word(tmp_path):
-    model, processor = load("demo", dtype="float32")
-    assert heart_accuracy(model, processor) == 0
-    data = heart_data(tmp_path, "train", 256)
-    dataset = read_dataset(data, processor, max_length=512)
-    options = TrainingOptions(
-        train=("language", "projector", "vision"),
-        iters=120,
-        batch_size=8,
-        rank=8,
-        learning_rate=2e-3,
-        warmup=5,
-    )
-    reports = list(Trainer(model, processor, dataset, options).run())
-    model.eval()
-    assert heart_accuracy(model, processor) >= 0.8
 
 
 def test_the_folder_is_small_and_complete():

@@ -449,7 +449,8 @@ def make_example(
     """The example of a number in a split.
 
     Args:
-        task: of the first question; by default any.
+        task: of the first question; by default any. "heart" describes a shape that the demo
+            model has never seen.
         turns: how many questions, at most; those after the first are of any task.
         large: big enough for tiles; by default every seventh or so.
         most: shapes of a picture, at most.
@@ -459,6 +460,8 @@ def make_example(
     is_large = large if large is not None else rng.random() < 0.14
     if chosen == "compare":
         return _make_comparison(rng, turns, most)
+    if chosen == NEW_SHAPE:
+        return _make_new(rng)
     while True:
         least = 0 if chosen in ("read", "describe") else 1
         text = chosen == "read" or rng.random() < 0.4
@@ -494,6 +497,16 @@ def _make_comparison(rng: random.Random, turns: int, most: int) -> Example:
     return Example((draw(first), draw(second)), (first, second), "compare", tuple(asked))
 
 
+def _make_new(rng: random.Random) -> Example:
+    """One or two shapes; at least one is new."""
+    while True:
+        shapes = (*SHAPES, *[NEW_SHAPE] * len(SHAPES))
+        scene = make_scene(rng, shapes=shapes, least=1, most=2)
+        if any(thing.kind == NEW_SHAPE for thing in scene.things):
+            asked = rng.choice(PHRASES["describe"]), describe(scene)
+            return Example((draw(scene),), (scene,), NEW_SHAPE, (asked,))
+
+
 def _with_thing(rng: random.Random, scene: Scene, like: Thing) -> Scene:
     """The scene with one shape changed into the kind and colour of another."""
     place = scene.things.index(rng.choice(scene.shapes))
@@ -520,10 +533,10 @@ def messages_of(example: Example, images: Sequence[Any]) -> list[dict[str, Any]]
 
 
 def write_example(
-    folder: Path, split: str, turns: int, most: int, detect: bool, number: int
+    folder: Path, split: str, task: str | None, turns: int, most: int, detect: bool, number: int
 ) -> str:
     """Writes an example's pictures; returns its line for the data file."""
-    example = make_example(split, number, turns=turns, most=most)
+    example = make_example(split, number, task, turns, most=most)
     if not detect:
         kept = [turn for turn in example.turns if not turn[0].startswith(DETECT[:10])]
         example = replace(example, turns=tuple(kept))
@@ -540,6 +553,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write examples of the demo world.")
     parser.add_argument("--split", default="train", help="train, validation or test")
     parser.add_argument("--count", type=int, default=1000, help="examples (default: %(default)s)")
+    parser.add_argument(
+        "--task",
+        choices=(*TASKS, NEW_SHAPE),
+        help="of the first question (default: any but %s, which is never drawn for the demo model)"
+        % NEW_SHAPE,
+    )
     parser.add_argument("--turns", type=int, default=1, help="questions per picture, at most")
     parser.add_argument("--shapes", type=int, default=4, help="shapes per picture, at most")
     parser.add_argument(
@@ -551,7 +570,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    write = partial(write_example, args.output, args.split, args.turns, args.shapes, args.detect)
+    options = (args.output, args.split, args.task, args.turns, args.shapes, args.detect)
+    write = partial(write_example, *options)
     with ProcessPoolExecutor() as pool, open(args.output / "data.jsonl", "w") as file:
         for line in pool.map(write, range(args.count), chunksize=50):
             file.write(line + "\n")

@@ -556,8 +556,7 @@ def main() -> None:
     parser.add_argument(
         "--task",
         choices=(*TASKS, NEW_SHAPE),
-        help="of the first question (default: any but %s, which is never drawn for the demo model)"
-        % NEW_SHAPE,
+        help="of the first question; heart is never drawn for the demo model (default: any other)",
     )
     parser.add_argument("--turns", type=int, default=1, help="questions per picture, at most")
     parser.add_argument("--shapes", type=int, default=4, help="shapes per picture, at most")

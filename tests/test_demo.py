@@ -64,8 +64,7 @@ def scores(model, processor, examples):
     for task, chosen in examples.items():
         answers = evaluate.ask_all(model, processor, chosen)
         values = [
-            evaluate.score(task, answer, example.turns[0][1])
-            for answer, example in zip(answers, chosen, strict=True)
+            evaluate.score(example, answer) for answer, example in zip(answers, chosen, strict=True)
         ]
         result[task] = sum(values) / len(values)
     return result

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from world import TASKS, Example, make_example, messages_of
+from world import DETECT, TASKS, Example, make_example, messages_of, unit_box
 
 from mlx_lfm2vl import BatchRequest, Sampling, batch_generate, load
 
@@ -36,9 +36,18 @@ def read_boxes(answer: str) -> list[list[float]]:
     return [box for box in boxes if len(box) == 4]
 
 
-def box_score(answer: str, truth: str) -> float:
+def true_boxes(example: Example) -> list[list[float]]:
+    """Where the things are that a question asks for: drawn places, not the rounded answer."""
+    before, after = DETECT.replace("{{", "{").replace("}}", "}").split("{query}")
+    query = example.turns[0][0].removeprefix(before).removesuffix(after)
+    [scene] = example.scenes
+    found = [thing for thing in scene.shapes if query in (thing.kind, thing.name)]
+    return [unit_box(thing, scene) for thing in found]
+
+
+def box_score(answer: str, wanted: Sequence[Sequence[float]]) -> float:
     """Mean overlap of the boxes, each true one with its best; missing and extra ones count 0."""
-    found, wanted = read_boxes(answer), read_boxes(truth)
+    found = read_boxes(answer)
     if not wanted:
         return float(answer.strip() == "[]")
     pairs = sorted(
@@ -58,9 +67,11 @@ def box_score(answer: str, truth: str) -> float:
     return total / max(len(wanted), len(found))
 
 
-def score(task: str, answer: str, truth: str) -> float:
+def score(example: Example, answer: str) -> float:
     """1 where the answer is exactly right; for boxes their mean overlap."""
-    return box_score(answer, truth) if task == "detect" else float(answer.strip() == truth)
+    if example.task == "detect":
+        return box_score(answer, true_boxes(example))
+    return float(answer.strip() == example.turns[0][1])
 
 
 def ask_all(
@@ -85,10 +96,7 @@ def accuracy(
     """Mean score over a task's examples, and the wrong ones with their answers."""
     examples = [make_example(split, number, task) for number in range(count)]
     answers = ask_all(model, processor, examples)
-    scores = [
-        score(task, answer, example.turns[0][1])
-        for example, answer in zip(examples, answers, strict=True)
-    ]
+    scores = [score(example, answer) for example, answer in zip(examples, answers, strict=True)]
     wrong = [
         pair
         for pair, value in zip(zip(examples, answers, strict=True), scores, strict=True)

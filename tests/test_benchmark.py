@@ -1,0 +1,177 @@
+"""The benchmark measures what it says; how long anything takes is not tested."""
+
+import json
+from dataclasses import asdict, fields
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from PIL import Image
+
+from mlx_lfm2vl import ImageError, ImageOptions, PromptError, load
+from mlx_lfm2vl.benchmark import (
+    BenchmarkResult,
+    ImageCosts,
+    Machine,
+    as_json,
+    as_table,
+    benchmark,
+    decode_weight_bytes,
+    made_picture,
+    main,
+    measure_bandwidth,
+)
+
+from .checkpoints.pictures import picture
+
+FAST = {"rounds": 2, "max_tokens": 3, "rows": 2}
+STAGES = ("preprocess", "vision", "prefill", "first_question", "second_question", "decode")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_matrix():
+    """The machine's bandwidth is not what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "mlx_lfm2vl.benchmark.measure_bandwidth",
+            lambda dtype, rounds: measure_bandwidth(dtype, rounds, 1 << 18),
+        )
+        yield
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(picture(200, 130)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def result(fixtures, small_matrix) -> BenchmarkResult:
+    return benchmark(fixtures / "v5", sizes=[(40, 30), (300, 200)], **FAST)
+
+
+def test_each_image_has_every_stage(result, loaded):
+    model, processor = loaded()
+    assert [costs.name for costs in result.images] == ["40x30", "300x200"]
+    for costs, size in zip(result.images, [(40, 30), (300, 200)], strict=True):
+        prompt = processor("What is in this image?", made_picture(*size))
+        assert costs.prompt_tokens == len(prompt.token_ids)
+        assert costs.views == len(prompt.spatial_shapes)
+        assert costs.image_tokens == prompt.token_ids.count(model.config.image_token_id)
+        assert set(costs.rounds) == set(STAGES)
+        assert all(len(times) == 2 and min(times) > 0 for times in costs.rounds.values())
+        assert costs.decode_tps == pytest.approx(2 / sum(costs.rounds["decode"]))
+        assert costs.bandwidth_share == pytest.approx(
+            costs.bytes_per_token * costs.decode_tps / result.bandwidth
+        )
+        assert costs.peak_memory_bytes > result.weight_bytes
+    assert result.load_s > 0
+    assert result.batch_tps > 0
+
+
+def test_read_per_token_is_weights_and_cache(result, loaded):
+    model, _ = loaded()
+    config = model.config.text_config
+    head = config.hidden_size // config.num_attention_heads
+    for costs in result.images:
+        # the last token is not read
+        positions = costs.prompt_tokens + FAST["max_tokens"] - 1
+        attention = config.layer_types.count("full_attention")
+        keys = 2 * attention * config.num_key_value_heads * head * positions
+        conv = config.layer_types.count("conv") * (config.conv_L_cache - 1) * config.hidden_size
+        weights = decode_weight_bytes(model.language_model)
+        assert costs.bytes_per_token == weights + 4 * (keys + conv)
+
+
+def test_embeddings_count_where_they_are_the_head(loaded, fixtures):
+    tied = loaded()[0].language_model
+    assert decode_weight_bytes(tied) > tied.model.embed_tokens.weight.nbytes
+    model, _ = load(fixtures / "untied", dtype="float32")
+    untied = model.language_model
+    layers = sum(a.nbytes for _, a in tree_flatten(untied.parameters()))
+    assert decode_weight_bytes(untied) == layers - untied.model.embed_tokens.weight.nbytes
+
+
+def test_bandwidth_reads_the_matrix():
+    assert measure_bandwidth(mx.float32, 2, 1 << 18) > 0
+    assert measure_bandwidth(mx.bfloat16, 1, 1 << 16) > 0
+
+
+def test_a_made_picture_is_the_same_jpeg_each_time():
+    assert made_picture(64, 48) == made_picture(64, 48)
+    assert made_picture(64, 48)[:2] == b"\xff\xd8"
+
+
+def test_json_and_table_tell_the_same(result):
+    data = json.loads(as_json(result))
+    assert data == asdict(result)
+    images = [ImageCosts(**costs) for costs in data["images"]]
+    machine = Machine(**data["machine"])
+    assert BenchmarkResult(**{**data, "images": images, "machine": machine}) == result
+    table = as_table(result)
+    for text in (machine.mlx, machine.python, machine.device_name, "40x30", "300x200", "float32"):
+        assert text in table
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1
+    assert len({line.count("|") for line in lines}) == 1
+    assert {f.name for f in fields(Machine)} == set(data["machine"])
+
+
+def run(capsys, *arguments, code=0):
+    with pytest.raises(SystemExit) as exit_info:
+        main([*map(str, arguments)])
+    captured = capsys.readouterr()
+    assert exit_info.value.code == code, captured.err
+    return captured
+
+
+def test_command_line(capsys, fixtures, photo, tmp_path):
+    short = ("--model", fixtures / "v5", "--rounds", 1, "-m", 2, "--batch-size", 2)
+    out = run(capsys, *short, "--image", photo, "--json", tmp_path / "speed.json").out
+    assert "photo.png" in out
+    data = json.loads((tmp_path / "speed.json").read_text())
+    assert data["images"][0]["views"] == 7
+    options = ("--no-image-splitting", "--max-image-tokens", 2)
+    out = run(capsys, *short, "--size", "50x40", "--json", *options).out
+    data = json.loads(out)
+    assert data["images"][0]["image_tokens"] <= 2
+    assert data["batch_rows"] == 2
+
+
+def test_image_options_hold_in_every_stage(fixtures):
+    options = ImageOptions(do_image_splitting=False, max_image_tokens=2)
+    result = benchmark(
+        fixtures / "v5", [picture(90, 60)], image_options=options, rounds=1, max_tokens=2, rows=1
+    )
+    assert result.images[0].views == 1
+    assert result.images[0].name == "image 1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--image", "missing.jpg"), "missing.jpg does not exist"),
+        (("--model", "missing/folder/here"), "missing/folder/here"),
+        (("--size", "640"), "640 must be WIDTHxHEIGHT"),
+        (("--size", "0x640"), "0x640 pixels"),
+        (("--size", "70000x5"), "sides must be 1 to 16384"),
+        (("--rounds", "0"), "0 must be 1 or more"),
+        (("--max-tokens", "1"), "max_tokens is 1; it must be 2 or more"),
+        (("--json", "missing/speed.json"), "missing/speed.json cannot be written"),
+        (("--json", "."), "cannot be written"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(arguments, told, capsys, fixtures, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    err = run(capsys, "--model", fixtures / "v5", *arguments, code=2).err
+    last = err.splitlines()[-1]
+    assert last.startswith("mlx-lfm2vl-benchmark: error: ")
+    assert told in last
+
+
+def test_bad_numbers_in_python(fixtures):
+    with pytest.raises(PromptError, match="rows is 0; it must be 1 or more"):
+        benchmark(fixtures / "v5", rows=0)
+    with pytest.raises(ImageError, match="is empty"):
+        benchmark(fixtures / "v5", [b""])

@@ -251,19 +251,22 @@ def host(run: Comparison) -> None:
 
 def reuse(run: Comparison) -> None:
     """Two questions about one image, each until its first token, image decoding included."""
-    image = run.picture(SMALL)
-    run.see(image)
-    found = run.take_turns(lambda worker: worker.call("ask", image=image, questions=QUESTIONS))
-    tokens = {rival: [a["tokens"] for a in each] for rival, each in found.items()}
-    if PEER in tokens and tokens[PEER] != tokens[OURS]:
-        raise Disagreement(f"{PEER} answers {tokens[PEER]}, not {tokens[OURS]}")
-    first, second = (
-        {rival: [a["times"][n] for a in each] for rival, each in found.items()} for n in (0, 1)
-    )
-    run.add("reuse", "first question, first token", first)
-    run.add("reuse", "second question, first token", second)
-    shares = {r: [b / a for a, b in zip(first[r], second[r], strict=True)] for r in first}
-    run.add("reuse", "second ÷ first", shares, "")
+    for size in (SMALL, LARGE):
+        image = run.picture(size)
+        views = run.see(image)
+        call = {"name": "ask", "image": image, "questions": QUESTIONS}
+        found = run.take_turns(lambda worker, call=call: worker.call(**call))
+        tokens = {rival: [a["tokens"] for a in each] for rival, each in found.items()}
+        if PEER in tokens and tokens[PEER] != tokens[OURS]:
+            raise Disagreement(f"{PEER} answers {tokens[PEER]}, not {tokens[OURS]}")
+        first, second = (
+            {rival: [a["times"][n] for a in each] for rival, each in found.items()} for n in (0, 1)
+        )
+        about = f"question to first token, views: {views}"
+        run.add("reuse", f"first {about}", first)
+        run.add("reuse", f"second {about}", second)
+        shares = {r: [b / a for a, b in zip(first[r], second[r], strict=True)] for r in first}
+        run.add("reuse", f"second of first, views: {views}", shares, "")
 
 
 def preprocess(run: Comparison) -> None:

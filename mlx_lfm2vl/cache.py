@@ -44,6 +44,18 @@ class KVCache:
         self.values = _write(self.values, values, start, self.step)
         return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
 
+    def make_room(self) -> int:
+        """Grows where the next position has no slot; returns its slot."""
+        if self.keys is not None and self.values is not None:
+            self.keys = _grow(self.keys, self.offset, 1, self.step)
+            self.values = _grow(self.values, self.offset, 1, self.step)
+        return self.offset
+
+    def advance(self, state: list[mx.array]) -> None:
+        """Takes over keys and values into which one more position was written."""
+        self.keys, self.values = state
+        self.offset += 1
+
     def make_mask(self, length: int) -> mx.array | str | None:
         """What `length` new tokens may see."""
         return "causal" if length > 1 else None
@@ -169,6 +181,19 @@ class RotatingKVCache:
         self.values = all_values[:, :, mx.array(kept)]
         return all_keys, all_values
 
+    def make_room(self) -> int:
+        """Grows where the next position has no slot; returns its slot."""
+        slot = self._slot(self.offset)
+        if self.keys is not None and self.values is not None:
+            self.keys = _grow(self.keys, slot, 1, self.step, self.max_size)
+            self.values = _grow(self.values, slot, 1, self.step, self.max_size)
+        return slot
+
+    def advance(self, state: list[mx.array]) -> None:
+        """Takes over keys and values into which one more position was written."""
+        self.keys, self.values = state
+        self.offset += 1
+
     def make_mask(self, length: int) -> mx.array | str | None:
         """What `length` new tokens may see: boolean (length, positions) where it is not plain."""
         if length == 1:
@@ -287,6 +312,11 @@ class ConvCache:
         self.inputs: mx.array | None = None
         self.offset = 0
 
+    def advance(self, state: list[mx.array]) -> None:
+        """Takes over the inputs after one more position."""
+        [self.inputs] = state
+        self.offset += 1
+
     def copy(self) -> ConvCache:
         """A cache of its own; arrays are never written in place here, so they may be shared."""
         twin = ConvCache()
@@ -362,17 +392,26 @@ def _write(
     buffer: mx.array | None, new: mx.array, start: int, step: int, limit: int | None = None
 ) -> mx.array:
     """Writes positions from `start` on, making room in blocks up to `limit` positions."""
-    batch, heads, length, dim = new.shape
-    if buffer is None or start + length > buffer.shape[2]:
-        room = -(-length // step) * step
-        if limit is not None:
-            room = min(room, limit - start)
-        empty = mx.zeros((batch, heads, room, dim), new.dtype)
-        buffer = (
-            empty if buffer is None else mx.concatenate([buffer[..., :start, :], empty], axis=2)
-        )
+    length = new.shape[2]
+    if buffer is None:
+        buffer = mx.zeros((*new.shape[:2], 0, new.shape[3]), new.dtype)
+    buffer = _grow(buffer, start, length, step, limit)
     buffer[..., start : start + length, :] = new
     return buffer
+
+
+def _grow(
+    buffer: mx.array, start: int, length: int, step: int, limit: int | None = None
+) -> mx.array:
+    """Room for `length` positions from `start` on; what is there stays where it is."""
+    batch, heads, slots, dim = buffer.shape
+    if start + length <= slots:
+        return buffer
+    room = -(-length // step) * step
+    if limit is not None:
+        room = min(room, limit - start)
+    empty = mx.zeros((batch, heads, room, dim), buffer.dtype)
+    return empty if start == 0 else mx.concatenate([buffer[..., :start, :], empty], axis=2)
 
 
 def _join(buffer: mx.array | None, new: mx.array, order: mx.array) -> mx.array:

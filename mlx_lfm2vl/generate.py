@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from .cache import Cache, quantize_caches
 from .config import DEFAULT_MAX_TOKENS, CacheOptions, ImageOptions, Sampling
+from .decoding import DecodeStep
 from .errors import PromptError
 from .image_processor import NO_OPTIONS, ImageInput
 from .language import Lfm2ForCausalLM
@@ -138,7 +139,7 @@ def read_embeddings(
 ) -> None:
     """Fills a cache with (tokens, hidden), piece by piece, without any logits."""
     for start in range(0, len(embeddings), step_size):
-        language_model.model(embeddings[None, start : start + step_size], cache)
+        language_model.model(embeddings[None, start : start + step_size], cache, last_only=True)
         quantize_caches(cache, cache_options)
         mx.async_eval([entry.state for entry in cache])
 
@@ -153,7 +154,7 @@ def read_prompt(
     """Fills a cache with (tokens, hidden); logits (1, vocab) of the last position only."""
     rest = (len(embeddings) - 1) % step_size + 1
     read_embeddings(language_model, embeddings[:-rest], cache, cache_options, step_size)
-    hidden = language_model.model(embeddings[None, -rest:], cache).last_hidden_state
+    hidden = language_model.model(embeddings[None, -rest:], cache, last_only=True).last_hidden_state
     quantize_caches(cache, cache_options)
     return language_model.logits(hidden[:, -1])
 
@@ -176,6 +177,7 @@ class _Step:
         self.sampler = sampler
         self.logits_processors = logits_processors
         self.tokens = tokens
+        self.decode: DecodeStep | None = None
 
     def prefill(self, embeddings: mx.array, step_size: int) -> tuple[mx.array, mx.array]:
         """(tokens, hidden) -> first token (1,) and its log-probabilities (vocab,)."""
@@ -187,10 +189,11 @@ class _Step:
         """Token (1,) -> next token (1,) and its log-probabilities (vocab,)."""
         if self.logits_processors:
             self.tokens = mx.concatenate([self.tokens, y])
-        embeddings = self.language_model.embed(y)  # (1, hidden)
-        return self._choose(
-            read_prompt(self.language_model, embeddings, self.cache, self.cache_options)
-        )
+        if self.decode is None:
+            self.decode = DecodeStep(self.language_model)
+        logits = self.decode(y, self.cache)
+        quantize_caches(self.cache, self.cache_options)
+        return self._choose(logits)
 
     def _choose(self, logits: mx.array) -> tuple[mx.array, mx.array]:
         for processor in self.logits_processors:

@@ -7,6 +7,7 @@ mlx-lm's protocol, so mlx-lm's own generation drives it, too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -79,29 +80,35 @@ class Lfm2Attention(nn.Module):
         rotary: Rotary,
         cache: Any = None,  # one of `cache.AttentionCache`
         attentions: list[mx.array] | None = None,
+        skip: int = 0,
     ) -> mx.array:
+        """(batch, tokens, hidden) -> (batch, tokens - skip, hidden); the first ones only speak."""
         batch, length, _ = x.shape
         # (batch, tokens, heads·dim) -> (batch, heads, tokens, dim)
-        queries = self.q_proj(x).reshape(batch, length, self.num_heads, -1)
+        queries = self.q_proj(x[:, skip:]).reshape(batch, length - skip, self.num_heads, -1)
         queries = self.q_layernorm(queries).transpose(0, 2, 1, 3)
         keys = self.k_proj(x).reshape(batch, length, self.num_key_value_heads, -1)
         keys = self.k_layernorm(keys).transpose(0, 2, 1, 3)
         values = self.v_proj(x).reshape(batch, length, self.num_key_value_heads, -1)
         values = values.transpose(0, 2, 1, 3)
-        queries, keys = self._rotate(queries, rotary), self._rotate(keys, rotary)
+        later = rotary if skip == 0 else Rotary(rotary.offset + skip)
+        queries, keys = self._rotate(queries, later), self._rotate(keys, rotary)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
+        mask = masks.attention
+        if skip > 0 and isinstance(mask, mx.array):
+            mask = mask[..., skip:, :]
         if isinstance(keys, Quantized):
             out = quantized_attention(
-                queries, keys, values, masks.attention, self.scale, cache.group_size, cache.bits
+                queries, keys, values, mask, self.scale, cache.group_size, cache.bits
             )
         else:
             out = mx.fast.scaled_dot_product_attention(
-                queries, keys, values, scale=self.scale, mask=masks.attention
+                queries, keys, values, scale=self.scale, mask=mask
             )
             if attentions is not None:
-                attentions.append(self._weights(queries, keys, masks.attention))
-        return self.out_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+                attentions.append(self._weights(queries, keys, mask))
+        return self.out_proj(out.transpose(0, 2, 1, 3).reshape(batch, length - skip, -1))
 
     def _rotate(self, x: mx.array, rotary: Rotary) -> mx.array:
         if rotary.cos is None or rotary.sin is None:
@@ -164,6 +171,12 @@ class Lfm2ShortConv(nn.Module):
         return out + self.conv.bias if "bias" in self.conv else out
 
 
+@partial(mx.compile, shapeless=True)
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) · up, in one kernel."""
+    return gate * mx.sigmoid(gate) * up
+
+
 class Lfm2MLP(nn.Module):
     """SwiGLU feed-forward."""
 
@@ -174,7 +187,7 @@ class Lfm2MLP(nn.Module):
         self.w2 = nn.Linear(config.feed_forward_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.w2(nn.silu(self.w1(x)) * self.w3(x))
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 class Lfm2DecoderLayer(nn.Module):
@@ -198,10 +211,11 @@ class Lfm2DecoderLayer(nn.Module):
         rotary: Rotary,
         cache: Any = None,  # KVCache or ConvCache, as the layer is
         attentions: list[mx.array] | None = None,
+        skip: int = 0,  # first tokens that others may see, but nobody asks for
     ) -> mx.array:
         normed = self.operator_norm(x)
         if self.is_attention_layer:
-            x = x + self.self_attn(normed, masks, rotary, cache, attentions)
+            x = x[:, skip:] + self.self_attn(normed, masks, rotary, cache, attentions, skip)
         else:
             x = x + self.conv(normed, masks, cache)
         return x + self.feed_forward(self.ffn_norm(x))
@@ -215,6 +229,12 @@ class Lfm2Model(nn.Module):
         self.head_dim = config.head_dim
         self.rope_theta = config.rope_theta
         self.first_attention = config.layer_types.index("full_attention")
+        layers, kernel_size = len(config.layer_types), config.conv_L_cache
+        self.last_attention = max(
+            i for i, kind in enumerate(config.layer_types) if kind == "full_attention"
+        )
+        # convolutions after it look back as far as this from the last token
+        self.last_tokens = 1 + (layers - 1 - self.last_attention) * (kernel_size - 1)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Lfm2DecoderLayer(config, kind) for kind in config.layer_types]
         self.embedding_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -228,6 +248,7 @@ class Lfm2Model(nn.Module):
         position_ids: mx.array | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        last_only: bool = False,
     ) -> Lfm2Output:
         """(batch, tokens, hidden) -> (batch, tokens, hidden).
 
@@ -235,6 +256,8 @@ class Lfm2Model(nn.Module):
             cache: one entry per layer, filled in place.
             attention_mask: (batch, positions so far and new), 1 on tokens and 0 on padding.
             position_ids: (batch, tokens); by default they count up from the cache's offset.
+            last_only: compute (batch, 1, hidden) of the last token and what the cache keeps, and
+                nothing else; for batches without padding.
         """
         masks = self._masks(embeddings.shape[1], cache, attention_mask)
         offset = 0 if cache is None else cache[self.first_attention].offset
@@ -242,13 +265,18 @@ class Lfm2Model(nn.Module):
         hidden_states = [embeddings]
         attentions: list[mx.array] | None = [] if output_attentions else None
         x = embeddings
+        unasked = max(0, x.shape[1] - self.last_tokens) if last_only else 0
         for i, layer in enumerate(self.layers):
             again = self.gradient_checkpointing and self.training
             call = checkpointed(layer) if again else layer
-            x = call(x, masks, rotary, None if cache is None else cache[i], attentions)
+            skip = unasked if i == self.last_attention else 0
+            x = call(x, masks, rotary, None if cache is None else cache[i], attentions, skip)
+            if cache is not None and i > self.last_attention:
+                entry: Any = cache[i]  # a ConvCache
+                entry.offset += unasked
             if output_hidden_states:
                 hidden_states.append(x)
-        x = self.embedding_norm(x)
+        x = self.embedding_norm(x[:, -1:] if last_only else x)
         hidden_states[-1] = x
         return Lfm2Output(x, hidden_states if output_hidden_states else None, attentions)
 

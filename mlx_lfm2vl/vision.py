@@ -6,7 +6,9 @@ nothing is padded, and no mask exists. After `transformers`' `modeling_siglip2.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple, cast
 
@@ -20,10 +22,20 @@ from .errors import ConfigError
 # that memory does not grow with their number
 MAX_PATCHES_PER_GROUP = 1024
 
+
+@partial(mx.compile, shapeless=True)
+def gelu_tanh(x: mx.array) -> mx.array:
+    """GELU in its tanh approximation, 0.5·x·(1 + tanh(y)), as x·sigmoid(2·y): one exponential.
+
+    Paper: https://arxiv.org/abs/1606.08415
+    """
+    return x * mx.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+
+
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "gelu": nn.gelu,
-    "gelu_new": nn.gelu_approx,
-    "gelu_pytorch_tanh": nn.gelu_approx,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
     "quick_gelu": nn.gelu_fast_approx,
     "relu": nn.relu,
     "silu": nn.silu,

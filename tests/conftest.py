@@ -1,6 +1,7 @@
 """What the tests share: folders of small checkpoints made by the official implementation."""
 
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,78 @@ def copied(tmp_path):
     return copy
 
 
+@dataclass
+class Work:
+    """What went through a model.
+
+    Attributes:
+        views: of each call of the vision encoder.
+        passes: positions of each pass through the language model.
+        projected: positions of each projection to the vocabulary.
+        traces: how often a decode step was traced, which computes nothing.
+    """
+
+    views: list[int] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
+    projected: list[int] = field(default_factory=list)
+    traces: int = 0
+    in_step: bool = False
+
+    @property
+    def positions(self) -> int:
+        return sum(self.passes)
+
+    def clear(self) -> None:
+        self.__init__()
+
+
+@pytest.fixture
+def work(monkeypatch) -> Work:
+    """Counts what all models do meanwhile."""
+    from mlx_lfm2vl.cache import QuantizedKVCache
+    from mlx_lfm2vl.decoding import DecodeStep
+    from mlx_lfm2vl.language import Lfm2ForCausalLM, Lfm2Model
+    from mlx_lfm2vl.vision import Siglip2VisionModel
+
+    work = Work()
+    see, forward = Siglip2VisionModel.__call__, Lfm2Model.__call__
+    project, step = Lfm2ForCausalLM.logits, DecodeStep.__call__
+
+    def counting_see(self, pixel_values, spatial_shapes, *args):
+        work.views.append(len(spatial_shapes))
+        return see(self, pixel_values, spatial_shapes, *args)
+
+    def counting_forward(self, embeddings, *args, **kwargs):
+        if work.in_step:
+            work.traces += 1
+        else:
+            work.passes.append(embeddings.shape[0] * embeddings.shape[1])
+        return forward(self, embeddings, *args, **kwargs)
+
+    def counting_project(self, hidden):
+        if not work.in_step:
+            work.projected.append(hidden.size // hidden.shape[-1])
+        return project(self, hidden)
+
+    def counting_step(self, token_ids, cache):
+        # a replayed graph calls nothing in Python; integers in the cache are not traced
+        if any(isinstance(entry, QuantizedKVCache) for entry in cache):
+            return step(self, token_ids, cache)
+        work.passes.append(1)
+        work.projected.append(1)
+        work.in_step = True
+        try:
+            return step(self, token_ids, cache)
+        finally:
+            work.in_step = False
+
+    monkeypatch.setattr(Siglip2VisionModel, "__call__", counting_see)
+    monkeypatch.setattr(Lfm2Model, "__call__", counting_forward)
+    monkeypatch.setattr(Lfm2ForCausalLM, "logits", counting_project)
+    monkeypatch.setattr(DecodeStep, "__call__", counting_step)
+    return work
+
+
 @pytest.fixture(scope="session")
 def loaded():
     """Loads a small checkpoint in float32, once for all tests that only read it."""
@@ -40,3 +113,27 @@ def loaded():
         return cache[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def wide():
+    """A language model whose heads are wide enough to be quantized: 64 values each."""
+    import mlx.core as mx
+
+    from mlx_lfm2vl.config import Lfm2Config
+    from mlx_lfm2vl.language import Lfm2ForCausalLM
+
+    mx.random.seed(0)
+    model = Lfm2ForCausalLM(
+        Lfm2Config(
+            vocab_size=300,
+            hidden_size=256,
+            feed_forward_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            layer_types=("conv", "full_attention", "full_attention"),
+        )
+    )
+    mx.eval(model.parameters())
+    return model

@@ -7,9 +7,9 @@ from mlx_lm.models.cache import RotatingKVCache as MlxLmRotatingKVCache
 
 from mlx_lfm2vl import ConfigError, PromptError, generate
 from mlx_lfm2vl.cache import KVCache, QuantizedKVCache, RotatingKVCache, cache_nbytes, copy_cache
-from mlx_lfm2vl.config import CacheOptions, Lfm2Config
+from mlx_lfm2vl.config import CacheOptions
 from mlx_lfm2vl.generate import generate_step
-from mlx_lfm2vl.language import Lfm2ForCausalLM, Lfm2Model, Masks
+from mlx_lfm2vl.language import Lfm2Model, Masks
 
 from .checkpoints.pictures import picture
 from .test_generation import TOLERANCE, relative
@@ -145,25 +145,6 @@ def test_half_of_the_window_is_for_the_answer(loaded):
 def test_cache_options_that_cannot_be(options, message):
     with pytest.raises(ConfigError, match=message):
         CacheOptions(**options)
-
-
-@pytest.fixture(scope="module")
-def wide():
-    """A language model whose heads are wide enough to be quantized: 64 values each."""
-    mx.random.seed(0)
-    model = Lfm2ForCausalLM(
-        Lfm2Config(
-            vocab_size=300,
-            hidden_size=256,
-            feed_forward_size=128,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            layer_types=("conv", "full_attention", "full_attention"),
-        )
-    )
-    mx.eval(model.parameters())
-    return model
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -144,27 +144,14 @@ def test_steps_are_those_of_mlx_lm_with_sampler_and_penalty(loaded):
     assert [token for token, _ in ours] == theirs
 
 
-def test_no_more_steps_than_tokens(loaded, monkeypatch):
+def test_no_more_steps_than_tokens(loaded, work):
     """The last token launches no step, and only last positions meet the vocabulary."""
     model, processor = loaded()
-    language_model = type(model.language_model)
-    positions, projected = [], []
-    forward, logits = type(model.language_model.model).__call__, language_model.logits
-
-    def counting_forward(self, embeddings, *args, **kwargs):
-        positions.append(embeddings.shape[1])
-        return forward(self, embeddings, *args, **kwargs)
-
-    def counting_logits(self, hidden):
-        projected.append(hidden.shape[:-1])
-        return logits(self, hidden)
-
-    monkeypatch.setattr(type(model.language_model.model), "__call__", counting_forward)
-    monkeypatch.setattr(language_model, "logits", counting_logits)
     ids = processor("Once upon a time").token_ids
     assert len(list(generate_step(ids, model, max_tokens=5))) == 5
-    assert positions == [len(ids), 1, 1, 1, 1]
-    assert projected == [(1,)] * 5
+    assert work.passes == [len(ids), 1, 1, 1, 1]
+    assert work.projected == [1] * 5
+    assert work.traces == 1, "a step is traced once, and then replayed"
 
 
 def test_seed_makes_sampling_repeatable(loaded):

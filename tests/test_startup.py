@@ -77,9 +77,10 @@ def test_imports_go_one_way():
 
     order = [
         "_version", "errors", "config", "hub", "image_processor", "tokenizer", "processor",
-        "cache", "vision", "projector", "language", "model", "weights", "adapters", "loading",
-        "sampling", "generate", "snapshots", "session", "batch", "worker", "chat", "cli", "folder",
-        "report", "convert", "convert_cli", "data", "train", "train_cli", "fuse", "benchmark",
+        "cache", "vision", "projector", "language", "decoding", "model", "weights", "adapters",
+        "loading", "sampling", "generate", "snapshots", "session", "batch", "worker", "chat", "cli",
+        "folder", "report", "convert", "convert_cli", "data", "train", "train_cli", "fuse",
+        "benchmark",
     ]  # fmt: skip
     folder = Path(mlx_lfm2vl.__file__).parent
     assert {path.stem for path in folder.glob("*.py")} == {*order, "__init__"}

@@ -1,0 +1,160 @@
+"""The replayed decode step against the model itself, and what each stage may cost."""
+
+import re
+
+import mlx.core as mx
+import pytest
+
+from mlx_lfm2vl import Session, generate, stream_generate
+from mlx_lfm2vl.cache import KVCache, copy_cache
+from mlx_lfm2vl.config import CacheOptions, Sampling
+from mlx_lfm2vl.decoding import DecodeStep
+from mlx_lfm2vl.generate import generate_step, read_prompt
+
+from .checkpoints.pictures import picture
+from .test_generation import TOLERANCE, relative
+
+OPERATIONS = 269  # of one decode step of the small checkpoint
+
+
+def read(loaded, length, options=None):
+    """A language model, and a cache that holds so many positions."""
+    model, _ = loaded()
+    cache = model.make_cache(options, 0)
+    embeddings = model.embed([5 + n % 90 for n in range(length)])[0]
+    read_prompt(model.language_model, embeddings, cache)
+    return model.language_model, cache
+
+
+@pytest.mark.parametrize("options", [None, CacheOptions(270, 9)], ids=["plain", "rotating"])
+def test_each_step_equals_the_model(loaded, work, options):
+    """Over the end of a block, and over that of the window."""
+    model, cache = read(loaded, 245, options)
+    step, twin = DecodeStep(model), copy_cache(cache)
+    work.clear()
+    for n in range(40):
+        token = mx.array([7 + n])
+        logits = step(token, cache)
+        expected = model(token[None], twin)[:, -1]
+        assert relative(logits, expected) < TOLERANCE
+    assert [entry.offset for entry in cache] == [entry.offset for entry in twin]
+    assert work.passes == [1] * 80
+    assert work.traces == 2, "once for each size of the buffers"
+
+
+def test_the_room_that_is_empty_is_not_seen(loaded):
+    model, cache = read(loaded, 20)
+    expected = DecodeStep(model)(mx.array([9]), copy_cache(cache))
+    for entry in cache:
+        if isinstance(entry, KVCache):
+            assert entry.keys.shape[2] > 21
+            entry.keys[..., 21:, :] = 1e3
+            entry.values[..., 21:, :] = 1e3
+    assert relative(DecodeStep(model)(mx.array([9]), cache), expected) < TOLERANCE
+
+
+def test_a_copy_of_the_cache_stays_as_it_is(loaded):
+    model, cache = read(loaded, 20)
+    kept = copy_cache(cache)
+    before = [[array.tolist() for array in entry.state] for entry in kept]
+    step = DecodeStep(model)
+    for n in range(3):
+        mx.eval(step(mx.array([n + 4]), cache))
+    assert [[array.tolist() for array in entry.state] for entry in kept] == before
+
+
+def test_integers_take_the_plain_way(wide, work):
+    options = CacheOptions(kv_bits=8, quantized_kv_start=8)
+    steps = list(generate_step(list(range(5)), wide, max_tokens=8, cache_options=options))
+    assert len(steps) == 8
+    assert work.passes == [5] + [1] * 7
+    assert work.traces == 1, "three tokens were read before there were integers"
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 40])
+def test_the_last_token_alone_is_as_among_the_others(loaded, length):
+    """Logits and cache, in one piece and behind what was read before."""
+    model, _ = loaded()
+    embeddings = model.embed([5 + n for n in range(2 * length)])
+    whole, short = model.make_cache(), model.make_cache()
+    for part in (embeddings[:, :length], embeddings[:, length:]):
+        expected = model.language_model.model(part, whole).last_hidden_state[:, -1:]
+        found = model.language_model.model(part, short, last_only=True).last_hidden_state
+        assert found.shape[1] == 1
+        assert relative(found, expected) < TOLERANCE
+    for one, other in zip(whole, short, strict=True):
+        assert one.offset == other.offset == 2 * length
+        for a, b in zip(one.state, other.state, strict=True):
+            assert relative(a, b) < TOLERANCE
+
+
+# ---- what each stage may cost: counted, not timed
+
+
+def operations(outputs, tmp_path) -> int:
+    """Nodes of the graph that computes arrays; a fused kernel is one."""
+    path = tmp_path / "graph.dot"
+    mx.export_to_dot(str(path), outputs)
+    return len(re.findall(r"shape=rectangle", path.read_text()))
+
+
+def test_operations_of_a_decode_step(loaded, tmp_path):
+    model, cache = read(loaded, 20)
+    mx.eval([entry.state for entry in cache])
+    step, twin = DecodeStep(model), copy_cache(cache)
+    plain = operations(model(mx.array([[9]]), twin), tmp_path)
+    traced = operations(step(mx.array([9]), cache), tmp_path)
+    assert traced <= OPERATIONS, "a decode step has grown"
+    assert traced < 0.6 * plain
+
+
+def test_a_picture_is_seen_once_and_only_last_positions_meet_the_vocabulary(loaded, work):
+    model, processor = loaded()
+    image = picture(200, 130)
+    prompt = processor("What?", image)
+    generate(model, processor, prompt, max_tokens=5, temperature=0)
+    assert work.views == [len(prompt.spatial_shapes)]
+    assert work.passes == [len(prompt.token_ids), 1, 1, 1, 1]
+    assert work.projected == [1] * 5
+
+
+def test_a_second_question_costs_its_own_text(loaded, work):
+    model, processor = loaded()
+    session = Session(model, processor)
+    session.see(picture(200, 130))
+    session.ask("What?", sampling=Sampling(), max_tokens=2)
+    work.clear()
+    session.ask("Where?", sampling=Sampling(), max_tokens=2)
+    prompt = processor("Where?", picture(200, 130))
+    assert work.views == []
+    assert work.passes == [len(prompt.token_ids) - prompt.image_spans[-1].stop, 1]
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Each time that the host waits for the device."""
+    found = []
+
+    def watched(name, right):
+        def call(*args, **kwargs):
+            found.append(name)
+            return right(*args, **kwargs)
+
+        return call
+
+    for name in ("item", "tolist", "__array__", "__int__", "__float__", "__bool__"):
+        monkeypatch.setattr(mx.array, name, watched(name, getattr(mx.array, name)))
+    for name in ("eval", "synchronize"):
+        monkeypatch.setattr(mx, name, watched(name, getattr(mx, name)))
+    return found
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 20, "seed": 3}])
+def test_the_host_waits_once_per_token(loaded, waits, settings):
+    """And never on the way to the first one."""
+    model, processor = loaded()
+    options = {"temperature": 0} | settings
+    stream = stream_generate(model, processor, "What?", picture(200, 130), max_tokens=6, **options)
+    for n, _ in enumerate(stream, 1):
+        assert waits == ["item"] * n
+    assert n == 6

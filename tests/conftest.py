@@ -115,8 +115,7 @@ def loaded():
     return get
 
 
-@pytest.fixture(scope="session")
-def wide():
+def random_language_model(*layer_types: str):
     """A language model whose heads are wide enough to be quantized: 64 values each."""
     import mlx.core as mx
 
@@ -129,11 +128,16 @@ def wide():
             vocab_size=300,
             hidden_size=256,
             feed_forward_size=128,
-            num_hidden_layers=3,
+            num_hidden_layers=len(layer_types),
             num_attention_heads=4,
             num_key_value_heads=2,
-            layer_types=("conv", "full_attention", "full_attention"),
+            layer_types=layer_types,
         )
     )
     mx.eval(model.parameters())
     return model
+
+
+@pytest.fixture(scope="session")
+def wide():
+    return random_language_model("conv", "full_attention", "full_attention")

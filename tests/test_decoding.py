@@ -12,6 +12,7 @@ from mlx_lfm2vl.decoding import DecodeStep
 from mlx_lfm2vl.generate import generate_step, read_prompt
 
 from .checkpoints.pictures import picture
+from .conftest import random_language_model
 from .test_generation import TOLERANCE, relative
 
 OPERATIONS = 269  # of one decode step of the small checkpoint
@@ -72,14 +73,16 @@ def test_integers_take_the_plain_way(wide, work):
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 40])
-def test_the_last_token_alone_is_as_among_the_others(loaded, length):
+@pytest.mark.parametrize("convolutions", [0, 1, 3], ids="{} behind".format)
+def test_the_last_token_alone_is_as_among_the_others(convolutions, length):
     """Logits and cache, in one piece and behind what was read before."""
-    model, _ = loaded()
-    embeddings = model.embed([5 + n for n in range(2 * length)])
+    last = ["conv"] * convolutions
+    model = random_language_model("conv", "full_attention", "conv", "full_attention", *last)
+    embeddings = model.embed(mx.array([[5 + n for n in range(2 * length)]]))
     whole, short = model.make_cache(), model.make_cache()
     for part in (embeddings[:, :length], embeddings[:, length:]):
-        expected = model.language_model.model(part, whole).last_hidden_state[:, -1:]
-        found = model.language_model.model(part, short, last_only=True).last_hidden_state
+        expected = model.model(part, whole).last_hidden_state[:, -1:]
+        found = model.model(part, short, last_only=True).last_hidden_state
         assert found.shape[1] == 1
         assert relative(found, expected) < TOLERANCE
     for one, other in zip(whole, short, strict=True):

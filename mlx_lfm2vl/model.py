@@ -17,7 +17,7 @@ from .config import CacheOptions, ImageProcessorConfig, Lfm2VlConfig
 from .errors import PromptError
 from .language import Lfm2ForCausalLM
 from .projector import Lfm2VlMultiModalProjector
-from .vision import Siglip2VisionModel
+from .vision import Siglip2VisionModel, group_views
 
 if TYPE_CHECKING:
     import numpy as np
@@ -142,9 +142,19 @@ class Lfm2VlForConditionalGeneration(nn.Module):
                 f"spatial_shapes {list(spatial_shapes)} cover {patches} patches; "
                 f"pixel_values has {pixel_values.shape[0]}"
             )
-        pixels = self.normalize(mx.array(pixel_values))
-        features = self.vision_tower(pixels, spatial_shapes).last_hidden_state
-        return self.multi_modal_projector(features, spatial_shapes)
+        features: list[mx.array] = []
+        start = 0
+        for views, (rows, cols) in group_views(spatial_shapes):
+            stop = start + views * rows * cols
+            group = mx.array(pixel_values[start:stop])
+            if features:
+                # one group after the other: what they need is never alive together
+                group = mx.depends(group, features[-1])
+            shapes = [(rows, cols)] * views
+            x = self.vision_tower(self.normalize(group), shapes).last_hidden_state
+            features.append(self.multi_modal_projector(x, shapes))
+            start = stop
+        return mx.concatenate(features)
 
     def normalize(self, pixel_values: mx.array) -> mx.array:
         """uint8 (patches, 3·16²) -> (x · rescale_factor - mean) / std, in the compute type."""

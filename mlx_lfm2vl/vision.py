@@ -224,9 +224,6 @@ class Siglip2VisionModel(nn.Module):
         for views, (rows, cols) in group_views(spatial_shapes):
             stop = start + views * rows * cols
             group = pixel_values[start:stop]
-            if features:
-                # one group after the other: their buffers are never alive together
-                group = mx.depends(group, features[-1])
             outputs = self._encode(group.reshape(views, rows * cols, -1), rows, cols)
             features.append(self.post_layernorm(outputs[-1]).reshape(stop - start, -1))
             if output_hidden_states:

@@ -3,6 +3,7 @@
 import re
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_lfm2vl import Session, generate, stream_generate
@@ -116,7 +117,7 @@ def test_a_picture_is_seen_once_and_only_last_positions_meet_the_vocabulary(load
     image = picture(200, 130)
     prompt = processor("What?", image)
     generate(model, processor, prompt, max_tokens=5, temperature=0)
-    assert work.views == [len(prompt.spatial_shapes)]
+    assert sum(work.views) == len(prompt.spatial_shapes)
     assert work.passes == [len(prompt.token_ids), 1, 1, 1, 1]
     assert work.projected == [1] * 5
 
@@ -161,3 +162,21 @@ def test_the_host_waits_once_per_token(loaded, waits, settings):
     for n, _ in enumerate(stream, 1):
         assert waits == ["item"] * n
     assert n == 6
+
+
+def test_memory_of_vision_does_not_grow_with_views(loaded):
+    """But for the pixels and the image tokens themselves."""
+    model, _ = loaded()
+
+    def peak(views):
+        shapes = [(16, 16), (8, 8)] * views  # no two neighbours of one shape
+        pixels = np.zeros((views * 320, 768), np.uint8)
+        mx.synchronize()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        features = model.encode_images(pixels, shapes)
+        mx.eval(features)
+        return mx.get_peak_memory() - before - pixels.nbytes - 2 * features.nbytes
+
+    peak(1)
+    assert peak(40) < 1.1 * peak(2)

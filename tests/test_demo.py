@@ -183,6 +183,37 @@ def test_a_session_answers_as_single_questions_do(demo, examples):
             assert told == single
 
 
+def hearts_told(adapter_path=None):
+    """How many unseen pictures with a heart are described exactly."""
+    model, processor = load("demo", dtype="float32", adapter_path=adapter_path)
+    asked = [world.make_example("test", number, world.NEW_SHAPE) for number in range(40)]
+    answers = evaluate.ask_all(model, processor, asked)
+    return sum(
+        answer == example.turns[0][1] for answer, example in zip(answers, asked, strict=True)
+    )
+
+
+def test_a_short_lora_run_teaches_a_new_word(tmp_path):
+    """The commands of the README as they stand."""
+    assert hearts_told() == 0
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in readme.splitlines() if line.startswith("python") and "heart" in line]
+    assert len(lines) == 3
+    for line in lines:
+        run = subprocess.run(
+            line.replace("python", sys.executable, 1),
+            shell=True,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert run.returncode == 0, run.stderr
+    assert "heart" in run.stdout
+    assert hearts_told(tmp_path / "heart") >= 32
+
+
 def test_the_folder_is_small_and_complete():
     folder = ROOT / "mlx_lfm2vl" / "demo"
     assert (folder / "model.safetensors").stat().st_size <= 6_000_000

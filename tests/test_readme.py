@@ -48,7 +48,13 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if "python -m" in line])
+# run as they stand in test_demo.py
+NEW_WORD = [line for line in COMMANDS if "heart" in line]
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in COMMANDS if "python -m" in line and line not in NEW_WORD]
+)
 def test_commands_run(line, folder, fixtures):
     """As they stand, but for the model and the length of endless answers."""
     if "convert" in line:
@@ -92,7 +98,7 @@ def prepare_training(line, folder, fixtures):
 
 
 def test_other_commands_are_those_that_ci_runs():
-    others = [line for line in COMMANDS if "python -m" not in line]
+    others = [line for line in COMMANDS if "python -m" not in line and line not in NEW_WORD]
     assert others[-1] == "make test"
     assert "make test" in (ROOT / ".ci" / "run").read_text()
     assert all(line.startswith(("pip install ", "make demo")) for line in others[:-1])

@@ -47,7 +47,8 @@ MODE_DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4":
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUP_SIZES = (32, 64, 128)
 COPIED_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
-NOT_COPIED = ("config.json", "generation_config.json", INDEX)
+TRAINING_STATE = "training_state.json"  # beside the weights of a checkpoint that `train` wrote
+NOT_COPIED = ("config.json", "generation_config.json", INDEX, TRAINING_STATE)
 
 Decision = dict[str, Any] | None  # {"group_size", "bits", "mode"}, or None to leave a module alone
 Recipe = Callable[[str], Decision]  # module path -> decision

@@ -26,7 +26,7 @@ from .adapters import (
     add_adapters,
 )
 from .config import ImageOptions, read_json
-from .convert import complete_folder, make_plan, write_files, write_weights
+from .convert import TRAINING_STATE, complete_folder, make_plan, write_files, write_weights
 from .data import (
     Batch,
     Dataset,
@@ -51,7 +51,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 CHECKPOINT = "checkpoint-"
 ANSWER = 256  # most tokens of an answer that a metric looks at
-STATE, STATE_ARRAYS = "training_state.json", "training_state.safetensors"
+STATE_ARRAYS = "training_state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ class Trainer:
         nbytes = sum(array.nbytes for array in state.values())
         with complete_folder(target, nbytes) as folder:
             mx.save_safetensors(str(folder / STATE_ARRAYS), state)
-            _write_json(folder / STATE, self._description())
+            _write_json(folder / TRAINING_STATE, self._description())
             write_result(self.model, self.adapter_config, folder, source)
         for old in checkpoints(output)[:-keep]:
             hidden = old.with_name("." + old.name)  # a half removed one must not look complete
@@ -310,7 +310,7 @@ class Trainer:
         Raises:
             TrainError: other options or other data than then.
         """
-        before, now = read_json(checkpoint / STATE), self._description()
+        before, now = read_json(checkpoint / TRAINING_STATE), self._description()
         for name, value in now["options"].items():
             if before["options"].get(name) != value:
                 raise TrainError(
@@ -463,7 +463,8 @@ def answer_metric(
 
 def checkpoints(output: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(path for path in output.glob(f"{CHECKPOINT}*") if (path / STATE).exists())
+    found = output.glob(f"{CHECKPOINT}*")
+    return sorted(path for path in found if (path / TRAINING_STATE).exists())
 
 
 def write_result(

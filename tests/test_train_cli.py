@@ -17,7 +17,7 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from mlx_lfm2vl import DataError, TrainError, generate, load, train
+from mlx_lfm2vl import DataError, TrainError, convert, generate, load, train
 from mlx_lfm2vl.adapters import ADAPTER_WEIGHTS, PARTS
 from mlx_lfm2vl.data import batch_order, collate, read_dataset
 from mlx_lfm2vl.train import (
@@ -158,6 +158,18 @@ def test_chance_and_data_go_on_where_they_were(trainer, tmp_path):
     second.resume(checkpoint)
     take(second, 3)
     assert any((learned(second)[key] != value).any() for key, value in learned(whole).items())
+
+
+def test_a_run_from_a_checkpoint_of_another_keeps_its_own_state(trainer, tmp_path):
+    full = replace(LORA, fine_tune_type="full")
+    first = trainer(full).save(tmp_path / "first", SOURCE)
+    second = trainer(replace(full, seed=1))
+    take(second, 1)
+    checkpoint = second.save(tmp_path / "second", first)
+    assert json.loads((checkpoint / "training_state.json").read_text())["step"] == 1
+    trainer(replace(full, seed=1)).resume(checkpoint)
+    converted = convert(checkpoint, tmp_path / "converted")
+    assert not (converted / "training_state.json").exists()
 
 
 @pytest.mark.parametrize(

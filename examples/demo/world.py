@@ -445,6 +445,7 @@ def make_example(
     turns: int = 1,
     large: bool | None = None,
     most: int = 4,
+    then: Sequence[str] | None = None,
 ) -> Example:
     """The example of a number in a split.
 
@@ -454,6 +455,8 @@ def make_example(
         turns: how many questions, at most; those after the first are of any task.
         large: big enough for tiles; by default every seventh or so.
         most: shapes of a picture, at most.
+        then: tasks of the questions after the first, over and over; by default each other task
+            once, and a map at the end.
     """
     rng = random.Random(f"{split} {number} {task}")
     chosen = task if task is not None else rng.choice(TASKS)
@@ -469,18 +472,23 @@ def make_example(
         first = ask(rng, chosen, scene) if len(scene.things) > 0 else None
         if first is not None:
             break
+    further = _other_tasks(rng, chosen) if then is None else [*then] * turns
     asked = [first]
+    for name in further:
+        more = ask(rng, name, scene) if len(asked) < turns - (then is None) else None
+        if more is not None and more not in asked:
+            asked.append(more)
+    if turns > 1 and then is None:  # the last question: its answer gives away the others'
+        asked.append((PHRASES[MAP][0], draw_map(scene)))
+    return Example((draw(scene),), (scene,), chosen, tuple(asked))
+
+
+def _other_tasks(rng: random.Random, chosen: str) -> list[str]:
     others = [name for name in TASKS if name not in (chosen, "compare")]
     rng.shuffle(others)
     if rng.random() < 0.5:  # its long questions would take most of the time of training
         others = [name for name in others if name != "detect"]
-    for name in (*others, "count"):
-        more = ask(rng, name, scene) if len(asked) < turns - 1 else None
-        if more is not None and more not in asked:
-            asked.append(more)
-    if turns > 1:  # the last question, since its answer gives away the others'
-        asked.append((PHRASES[MAP][0], draw_map(scene)))
-    return Example((draw(scene),), (scene,), chosen, tuple(asked))
+    return [*others, "count"]
 
 
 def _make_comparison(rng: random.Random, turns: int, most: int) -> Example:
@@ -533,10 +541,17 @@ def messages_of(example: Example, images: Sequence[Any]) -> list[dict[str, Any]]
 
 
 def write_example(
-    folder: Path, split: str, task: str | None, turns: int, most: int, detect: bool, number: int
+    folder: Path,
+    split: str,
+    task: str | None,
+    turns: int,
+    most: int,
+    then: Sequence[str] | None,
+    detect: bool,
+    number: int,
 ) -> str:
     """Writes an example's pictures; returns its line for the data file."""
-    example = make_example(split, number, task, turns, most=most)
+    example = make_example(split, number, task, turns, most=most, then=then)
     if not detect:
         kept = [turn for turn in example.turns if not turn[0].startswith(DETECT[:10])]
         example = replace(example, turns=tuple(kept))
@@ -559,6 +574,12 @@ def main() -> None:
         help="of the first question; heart is never drawn for the demo model (default: any other)",
     )
     parser.add_argument("--turns", type=int, default=1, help="questions per picture, at most")
+    parser.add_argument(
+        "--then",
+        choices=TASKS[:-1],
+        nargs="+",
+        help="tasks of the questions after the first, over and over (default: each other task)",
+    )
     parser.add_argument("--shapes", type=int, default=4, help="shapes per picture, at most")
     parser.add_argument(
         "--no-detect",
@@ -569,7 +590,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    options = (args.output, args.split, args.task, args.turns, args.shapes, args.detect)
+    options = (args.output, args.split, args.task, args.turns, args.shapes, args.then, args.detect)
     write = partial(write_example, *options)
     with ProcessPoolExecutor() as pool, open(args.output / "data.jsonl", "w") as file:
         for line in pool.map(write, range(args.count), chunksize=50):

@@ -10,7 +10,7 @@ demo: $(VENV)/demo
 	$(BIN)/python -m mlx_lfm2vl.generate --model demo --image examples/demo/picture.png \
 		--prompt "What is in this image?"
 	$(BIN)/python examples/demo/detect.py --image examples/demo/picture.png \
-		--query "orange ring" "purple ring" --output boxes.png
+		--query "yellow square" "green cross" --output boxes.png
 
 $(VENV)/demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -528,14 +528,16 @@ def test_prefetch_is_a_few_ahead_and_stops():
 
 
 def test_prefetch_forgets_what_nobody_wants_any_more():
-    ran, go = [], threading.Event()
+    ran, started, go = [], threading.Event(), threading.Event()
 
     def slow():
+        started.set()
         go.wait()
         return numbered(1, ran)()
 
     batches = prefetch(iter([numbered(0, ran), slow, numbered(2, ran), numbered(3, ran)]))
     assert next(batches).tokens == 0
+    started.wait()
     threading.Timer(0.2, go.set).start()  # by then, what waits behind the slow one is cancelled
     batches.close()
     assert ran == [0, 1]

@@ -456,13 +456,13 @@ def make_example(
         large: big enough for tiles; by default every seventh or so.
         most: shapes of a picture, at most.
         then: tasks of the questions after the first, over and over; by default each other task
-            once, and a map at the end.
+            once, and a map at the end. Of two pictures, "describe" asks about each at the end.
     """
     rng = random.Random(f"{split} {number} {task}")
     chosen = task if task is not None else rng.choice(TASKS)
     is_large = large if large is not None else rng.random() < 0.14
     if chosen == "compare":
-        return _make_comparison(rng, turns, most)
+        return _make_comparison(rng, turns, most, describes="describe" in (then or ()))
     if chosen == NEW_SHAPE:
         return _make_new(rng)
     while True:
@@ -491,7 +491,7 @@ def _other_tasks(rng: random.Random, chosen: str) -> list[str]:
     return [*others, "count"]
 
 
-def _make_comparison(rng: random.Random, turns: int, most: int) -> Example:
+def _make_comparison(rng: random.Random, turns: int, most: int, describes: bool) -> Example:
     first = make_scene(rng, least=1, most=most)
     second = make_scene(rng, least=1, most=most)
     if rng.random() < 0.5:  # with one shape in common
@@ -502,6 +502,9 @@ def _make_comparison(rng: random.Random, turns: int, most: int) -> Example:
         more = compare(rng, first, second)
         if len(asked) < turns and more not in asked:
             asked.append(more)
+    if describes:  # in training only: what stands in which picture teaches to tell them apart
+        asked.append(("What is in the first picture?", describe(first)))
+        asked.append(("What is in the second picture?", describe(second)))
     return Example((draw(first), draw(second)), (first, second), "compare", tuple(asked))
 
 

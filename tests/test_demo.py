@@ -260,7 +260,8 @@ def test_a_wheel_holds_the_model_and_needs_no_network(tmp_path):
 def test_two_pictures_can_be_described_at_the_end():
     plain = world.make_example("train", 0, "compare", turns=3)
     both = world.make_example("train", 0, "compare", turns=3, then=["describe"])
-    assert both.turns[:-2] == plain.turns and both.scenes == plain.scenes
+    assert both.turns[:-2] == plain.turns
+    assert both.scenes == plain.scenes
     for turn, scene, place in zip(both.turns[-2:], both.scenes, ("first", "second"), strict=True):
         assert turn == (f"What is in the {place} picture?", world.describe(scene))
 

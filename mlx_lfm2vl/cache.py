@@ -44,12 +44,21 @@ class KVCache:
         self.values = _write(self.values, values, start, self.step)
         return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
 
-    def make_room(self) -> int:
-        """Grows where the next position has no slot; returns its slot."""
+    @property
+    def next_slot(self) -> int:
+        """Where the next position goes."""
+        return self.offset
+
+    @property
+    def room(self) -> int:
+        """Slots, filled or not."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def make_room(self) -> None:
+        """Grows where the next position has no slot."""
         if self.keys is not None and self.values is not None:
             self.keys = _grow(self.keys, self.offset, 1, self.step)
             self.values = _grow(self.values, self.offset, 1, self.step)
-        return self.offset
 
     def advance(self, state: list[mx.array]) -> None:
         """Takes over keys and values into which one more position was written."""
@@ -181,13 +190,22 @@ class RotatingKVCache:
         self.values = all_values[:, :, mx.array(kept)]
         return all_keys, all_values
 
-    def make_room(self) -> int:
-        """Grows where the next position has no slot; returns its slot."""
-        slot = self._slot(self.offset)
+    @property
+    def next_slot(self) -> int:
+        """Where the next position goes."""
+        return self._slot(self.offset)
+
+    @property
+    def room(self) -> int:
+        """Slots, filled or not."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def make_room(self) -> None:
+        """Grows where the next position has no slot."""
+        slot = self.next_slot
         if self.keys is not None and self.values is not None:
             self.keys = _grow(self.keys, slot, 1, self.step, self.max_size)
             self.values = _grow(self.values, slot, 1, self.step, self.max_size)
-        return slot
 
     def advance(self, state: list[mx.array]) -> None:
         """Takes over keys and values into which one more position was written."""

@@ -9,7 +9,7 @@ buffer grows, by a block, the step is traced again.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -26,23 +26,22 @@ class DecodeStep:
 
     def __init__(self, language_model: Lfm2ForCausalLM) -> None:
         self.language_model = language_model
+        self.first_attention = language_model.model.first_attention
         # a weight that nobody has read yet would be read from the file at every token
         mx.async_eval(language_model.parameters())
         self.traced = mx.compile(partial(forward, language_model))
 
     def __call__(self, token_ids: mx.array, cache: list[Cache]) -> mx.array:
         """Token (1,) -> logits (1, vocab) of the next one; fills the cache in place."""
-        offset = cache[0].offset
-        slot = offset
-        entries: list[KVCache | RotatingKVCache | ConvCache] = []
-        for entry in cache:
-            if isinstance(entry, ConvCache):
-                entries.append(entry)
-            elif isinstance(entry, KVCache | RotatingKVCache):
-                entries.append(entry)
-                slot = entry.make_room()  # the same in all layers
-            else:  # integers
-                return self._untraced(token_ids, cache)
+        attention = cache[self.first_attention]
+        if not isinstance(attention, (KVCache, RotatingKVCache)):  # integers
+            return self._untraced(token_ids, cache)
+        entries = cast(list[KVCache | RotatingKVCache | ConvCache], cache)
+        offset, slot = attention.offset, attention.next_slot
+        if slot == attention.room:  # in all layers alike
+            for entry in entries:
+                if not isinstance(entry, ConvCache):
+                    entry.make_room()
         states = [entry.state for entry in entries]
         logits, states = self.traced(token_ids, mx.array([offset]), mx.array([slot]), states)
         for entry, state in zip(entries, states, strict=True):

@@ -25,11 +25,13 @@ MAX_PATCHES_PER_GROUP = 1024
 
 @partial(mx.compile, shapeless=True)
 def gelu_tanh(x: mx.array) -> mx.array:
-    """GELU in its tanh approximation, 0.5·x·(1 + tanh(y)), as x·sigmoid(2·y): one exponential.
+    """GELU in its tanh approximation, 0.5·x·(1 + tanh(y)), as x / (1 + exp(-2·y)).
 
-    Paper: https://arxiv.org/abs/1606.08415
+    In float32 inside, as PyTorch computes it. Paper: https://arxiv.org/abs/1606.08415
     """
-    return x * mx.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+    wide = x.astype(mx.float32)
+    y = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
+    return (wide / (1 + mx.exp(-2 * y))).astype(x.dtype)
 
 
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {

@@ -25,10 +25,7 @@ from .model import Lfm2VlForConditionalGeneration
 from .processor import Conversation, Lfm2VlProcessor, Prompt
 from .sampling import LogitsProcessor, Sampler, from_settings
 
-# positions of a prompt at once: as mlx-lm on a GPU; on a CPU, attention keeps all scores of a step,
-# those that the mask hides, too
-PREFILL_STEP_SIZE = 2048
-CPU_PREFILL_STEP_SIZE = 512
+PREFILL_STEP_SIZE = 2048  # positions of a prompt at once, as in mlx-lm
 CLEAR_CACHE_EVERY = 256  # tokens
 NO_CACHE_OPTIONS = CacheOptions()
 
@@ -93,7 +90,7 @@ def generate_step(
     logits_processors: Sequence[LogitsProcessor] = (),
     prompt_cache: list[Cache] | None = None,
     cache_options: CacheOptions = NO_CACHE_OPTIONS,
-    prefill_step_size: int | None = None,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
     input_embeddings: mx.array | None = None,
 ) -> Iterator[tuple[int, mx.array]]:
     """Yields (token, log-probabilities (vocab,)), as mlx-lm's function of this name.
@@ -108,8 +105,7 @@ def generate_step(
         prompt_cache: a cache to go on from, filled in place. What it holds of the prompt already
             is left out of `input_embeddings`.
         cache_options: how attention layers remember; a rotating cache pins the prompt.
-        prefill_step_size: positions of the prompt that go through the model at once; by default
-            2048, on a CPU 512.
+        prefill_step_size: positions of the prompt that go through the model at once.
         input_embeddings: (tokens, hidden), to use instead of the prompt's own; at least one.
     """
     language_model = model.language_model if "language_model" in model else model
@@ -134,21 +130,14 @@ def generate_step(
         y, logprobs = next_y, next_logprobs
 
 
-def default_step_size() -> int:
-    """Positions of a prompt that go through the model at once, on the default device."""
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    return CPU_PREFILL_STEP_SIZE if on_cpu else PREFILL_STEP_SIZE
-
-
 def read_embeddings(
     language_model: Lfm2ForCausalLM,
     embeddings: mx.array,
     cache: list[Cache],
     cache_options: CacheOptions = NO_CACHE_OPTIONS,
-    step_size: int | None = None,
+    step_size: int = PREFILL_STEP_SIZE,
 ) -> None:
     """Fills a cache with (tokens, hidden), piece by piece, without any logits."""
-    step_size = step_size if step_size is not None else default_step_size()
     for start in range(0, len(embeddings), step_size):
         language_model.model(embeddings[None, start : start + step_size], cache, last_only=True)
         quantize_caches(cache, cache_options)
@@ -160,10 +149,9 @@ def read_prompt(
     embeddings: mx.array,
     cache: list[Cache],
     cache_options: CacheOptions = NO_CACHE_OPTIONS,
-    step_size: int | None = None,
+    step_size: int = PREFILL_STEP_SIZE,
 ) -> mx.array:
     """Fills a cache with (tokens, hidden); logits (1, vocab) of the last position only."""
-    step_size = step_size if step_size is not None else default_step_size()
     rest = (len(embeddings) - 1) % step_size + 1
     read_embeddings(language_model, embeddings[:-rest], cache, cache_options, step_size)
     hidden = language_model.model(embeddings[None, -rest:], cache, last_only=True).last_hidden_state
@@ -191,7 +179,7 @@ class _Step:
         self.tokens = tokens
         self.decode: DecodeStep | None = None
 
-    def prefill(self, embeddings: mx.array, step_size: int | None) -> tuple[mx.array, mx.array]:
+    def prefill(self, embeddings: mx.array, step_size: int) -> tuple[mx.array, mx.array]:
         """(tokens, hidden) -> first token (1,) and its log-probabilities (vocab,)."""
         return self._choose(
             read_prompt(self.language_model, embeddings, self.cache, self.cache_options, step_size)

@@ -17,6 +17,8 @@ from .cache import Cache, ConvCache, Quantized, make_attention_cache, quantized_
 from .config import CacheOptions, Lfm2Config
 from .vision import checkpointed
 
+CPU_BLOCK = 128  # tokens that attend together
+
 
 class Rotary(NamedTuple):
     """Where the tokens stand: after `offset` others, or at explicit angles.
@@ -53,6 +55,25 @@ class Lfm2Output(NamedTuple):
     last_hidden_state: mx.array
     hidden_states: list[mx.array] | None = None
     attentions: list[mx.array] | None = None
+
+
+def attention(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None, scale: float
+) -> mx.array:
+    """Grouped-query attention, (batch, heads, tokens, head dim) -> same; the tokens are the last.
+
+    A CPU computes scores that a causal mask hides before it throws them away; there, tokens are
+    taken in blocks, so that they are few.
+    """
+    length, before = queries.shape[2], keys.shape[2] - queries.shape[2]
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    step = CPU_BLOCK if isinstance(mask, str) and on_cpu else length
+    blocks = []
+    for start in range(0, length, step):
+        end = before + min(start + step, length)
+        block = queries[:, :, start : start + step], keys[:, :, :end], values[:, :, :end]
+        blocks.append(mx.fast.scaled_dot_product_attention(*block, scale=scale, mask=mask))
+    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
 
 
 class Lfm2Attention(nn.Module):
@@ -105,9 +126,7 @@ class Lfm2Attention(nn.Module):
                 queries, keys, values, mask, self.scale, cache.group_size, cache.bits
             )
         else:
-            out = mx.fast.scaled_dot_product_attention(
-                queries, keys, values, scale=self.scale, mask=mask
-            )
+            out = attention(queries, keys, values, mask, self.scale)
             if attentions is not None:
                 attentions.append(self._weights(queries, keys, mask))
         out = self.out_proj(out.transpose(0, 2, 1, 3).flatten(2).flatten(0, 1))

@@ -11,6 +11,7 @@ from mlx_lfm2vl.cache import KVCache, copy_cache
 from mlx_lfm2vl.config import CacheOptions, Sampling
 from mlx_lfm2vl.decoding import DecodeStep
 from mlx_lfm2vl.generate import generate_step, read_prompt
+from mlx_lfm2vl.language import CPU_BLOCK, attention
 
 from .checkpoints.pictures import picture
 from .conftest import random_language_model
@@ -110,6 +111,27 @@ def test_operations_of_a_decode_step(loaded, tmp_path):
     traced = operations(step(mx.array([9]), cache), tmp_path)
     assert traced <= OPERATIONS, "a decode step has grown"
     assert traced < 0.6 * plain
+
+
+@pytest.mark.parametrize(("length", "before"), [(1, 5), (128, 0), (300, 0), (300, 70)])
+def test_attention_in_blocks_is_attention(length, before, monkeypatch):
+    """On a CPU few of the scores that the causal mask hides are computed at all."""
+    mx.random.seed(0)
+    whole, scores = mx.fast.scaled_dot_product_attention, []
+
+    def counted(queries, keys, values, **settings):
+        scores.append(queries.shape[2] * keys.shape[2])
+        return whole(queries, keys, values, **settings)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", counted)
+    queries = mx.random.normal((2, 4, length, 8))
+    keys, values = mx.random.normal((2, 2, 2, before + length, 8))
+    mask = "causal" if length > 1 else None
+    out = attention(queries, keys, values, mask, 0.3)
+    expected = whole(queries, keys, values, scale=0.3, mask=mask)
+    assert mx.abs(out - expected).max().item() < 1e-5  # other sums of the same float32 terms
+    seen = sum(before + n + 1 for n in range(length))
+    assert sum(scores) < seen + length * CPU_BLOCK / 2 + 1
 
 
 def test_a_picture_is_seen_once_and_only_last_positions_meet_the_vocabulary(loaded, work):

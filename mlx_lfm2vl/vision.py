@@ -23,15 +23,24 @@ from .errors import ConfigError
 MAX_PATCHES_PER_GROUP = 1024
 
 
+def times_sigmoid(x: mx.array, y: mx.array) -> mx.array:
+    """x · sigmoid(y) of float32 values, for the inside of a compiled kernel.
+
+    A power of two costs a third of what MLX's exp does on a CPU. Bounded, since the gradient of an
+    infinite one would be nan.
+    """
+    return x / (1 + mx.power(2, mx.minimum(-math.log2(math.e) * y, 100)))
+
+
 @partial(mx.compile, shapeless=True)
 def gelu_tanh(x: mx.array) -> mx.array:
-    """GELU in its tanh approximation, 0.5·x·(1 + tanh(y)), as x / (1 + exp(-2·y)).
+    """GELU in its tanh approximation, 0.5·x·(1 + tanh(y)), as x·sigmoid(2·y).
 
     In float32 inside, as PyTorch computes it. Paper: https://arxiv.org/abs/1606.08415
     """
     wide = x.astype(mx.float32)
     y = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
-    return (wide / (1 + mx.exp(-2 * y))).astype(x.dtype)
+    return times_sigmoid(wide, 2 * y).astype(x.dtype)
 
 
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {

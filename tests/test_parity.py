@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from mlx_lfm2vl.generate import generate_step
+from mlx_lfm2vl.language import swiglu
+from mlx_lfm2vl.vision import gelu_tanh
 
 from .checkpoints.pictures import CASES, messages
 from .conftest import FIXTURES
@@ -186,3 +188,26 @@ def test_image_features_can_be_kept(loaded):
     close(features, official["features"])
     ids = mx.array(official["input_ids"])[None]
     close(model(ids, image_features=features).logits[0], official["logits"])
+
+
+def silu(x):
+    return x / 2 * (1 + np.tanh(x / 2))
+
+
+def gelu(x):
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(gelu_tanh, gelu), (lambda x: swiglu(x, mx.ones_like(x)), silu)],
+    ids=["gelu_tanh", "swiglu"],
+)
+def test_activations_and_their_gradients(ours, theirs):
+    """Far out, too, where an exponential has no number any more."""
+    x = np.array([-1e4, -200, -90, -20, -5, -1, -1e-3, 0, 1e-3, 1, 5, 20, 90, 200, 1e4])
+    gradient = mx.grad(lambda values: ours(values).sum())(mx.array(x, mx.float32))
+    slope = (theirs(x + 1e-5) - theirs(x - 1e-5)) / 2e-5
+    # float32 has 24 bits; the official values are of float64
+    assert np.allclose(np.asarray(ours(mx.array(x, mx.float32))), theirs(x), rtol=1e-6, atol=1e-7)
+    assert np.allclose(np.asarray(gradient), slope, rtol=1e-5, atol=1e-6)

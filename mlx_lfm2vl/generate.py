@@ -95,7 +95,7 @@ def generate_step(
 ) -> Iterator[tuple[int, mx.array]]:
     """Yields (token, log-probabilities (vocab,)), as mlx-lm's function of this name.
 
-    The next step is under way before a token is read.
+    The next step is under way before a token is read; only the first token goes out before it.
 
     Args:
         prompt: token ids (tokens,).
@@ -121,10 +121,13 @@ def generate_step(
     for n in range(1, max_tokens + 1):
         if n < max_tokens:
             next_y, next_logprobs = step(y)
-            mx.async_eval(next_y)
+            if n > 1:
+                mx.async_eval(next_y)
         yield cast(int, y.item()), logprobs
         if n == max_tokens:
             return
+        if n == 1:  # only now: a CPU takes work over no faster than it does it
+            mx.async_eval(next_y)
         if n % CLEAR_CACHE_EVERY == 0:
             mx.clear_cache()
         y, logprobs = next_y, next_logprobs

@@ -61,7 +61,7 @@ class Mlx:
         return {"seconds": time_taken, "bytes": mx.get_peak_memory() - before}
 
     def prefill(self, ids: list[int]) -> dict[str, Any]:
-        steps = self.steps(ids, self.make_cache(), 2)
+        steps = self.steps(ids, self.make_cache(), 1)
         start = time.perf_counter()
         token, logprobs = next(steps)
         time_taken = time.perf_counter() - start
@@ -89,8 +89,9 @@ class Mlx:
     def decode(self, ids: list[int], tokens: int) -> dict[str, Any]:
         """Seconds per token; each call goes on where the last one ended."""
         cache, last = self._filled(ids)
-        steps = self.steps([last], cache, tokens + 1)
-        found = [next(steps)[0]]
+        steps = self.steps([last], cache, tokens + 2)
+        # the first tokens may be given out before or after the next ones are under way
+        found = [next(steps)[0], next(steps)[0]]
         start = time.perf_counter()
         found += [token for token, _ in steps]
         time_taken = time.perf_counter() - start
@@ -107,7 +108,8 @@ class Mlx:
             handed.append(time.perf_counter())
             original(*arrays)
 
-        steps = self.steps(ids, self.make_cache(), tokens + 2)
+        steps = self.steps(ids, self.make_cache(), tokens + 3)
+        next(steps)
         next(steps)
         times = []
         mx.async_eval = watched
@@ -352,7 +354,10 @@ class Transformers:
         if len(ids) not in self.caches:
             self.caches[len(ids)] = self._forward(ids[:-1], None).past_key_values, ids[-1]
         cache, last = self.caches[len(ids)]
-        found = [self._forward([last], cache).logits.argmax().item()]
+        found = [last]
+        for _ in range(2):
+            found.append(self._forward([found[-1]], cache).logits.argmax().item())
+        del found[0]
         start = time.perf_counter()
         for _ in range(tokens):
             found.append(self._forward([found[-1]], cache).logits.argmax().item())

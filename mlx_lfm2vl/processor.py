@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from .config import GenerationConfig, ImageOptions
@@ -21,6 +20,8 @@ from .image_processor import (
 from .tokenizer import Lfm2Tokenizer, Message
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     import numpy as np
 
 Conversation = str | Sequence[Message]

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -20,6 +19,8 @@ from .config import read_json
 from .errors import ConfigError, ModelNotFoundError, PromptError
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     import jinja2
     from tokenizers import Encoding, Tokenizer
 
@@ -202,6 +203,8 @@ class Lfm2Tokenizer:
                     "continue_final_message and add_generation_prompt exclude each other"
                 )
             messages = _tag_final_message(messages)
+        from datetime import datetime  # where nobody is asked anything, a needless import
+
         names = {name: token for name, token in self.names.items() if name.endswith("_token")}
         return {
             **names,

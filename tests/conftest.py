@@ -1,6 +1,7 @@
 """What the tests share: folders of small checkpoints made by the official implementation."""
 
 import shutil
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,6 +9,11 @@ import pytest
 
 FIXTURES = Path(__file__).parent / "checkpoints"
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_configure():
+    # a suite started in the background ignores Ctrl-C, and so would the programs that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -129,7 +129,7 @@ class Lfm2Attention(nn.Module):
             out = attention(queries, keys, values, mask, self.scale)
             if attentions is not None:
                 attentions.append(self._weights(queries, keys, mask))
-        out = self.out_proj(out.transpose(0, 2, 1, 3).flatten(2).flatten(0, 1))
+        out = self.out_proj(out.transpose(0, 2, 1, 3).reshape(batch * (length - skip), -1))
         return out.reshape(batch, length - skip, -1)
 
     def _rotate(self, x: mx.array, rotary: Rotary) -> mx.array:

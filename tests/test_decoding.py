@@ -17,7 +17,7 @@ from .checkpoints.pictures import picture
 from .conftest import random_language_model
 from .test_generation import TOLERANCE, relative
 
-OPERATIONS = 237  # of one decode step of the small checkpoint
+OPERATIONS = 235  # of one decode step of the small checkpoint
 
 
 def read(loaded, length, options=None):

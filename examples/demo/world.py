@@ -497,14 +497,19 @@ def _make_comparison(rng: random.Random, turns: int, most: int, describes: bool)
     if rng.random() < 0.5:  # with one shape in common
         shared = rng.choice(first.shapes)
         second = _with_thing(rng, second, shared)
-    asked = [compare(rng, first, second)]
-    for _ in range(2 * turns):
+    asked: list[tuple[str, str]] = []
+    for _ in range(2 * turns + 1):
         more = compare(rng, first, second)
         if len(asked) < turns and more not in asked:
             asked.append(more)
     if describes:  # in training only: what stands in which picture teaches to tell them apart
-        asked.append(("What is in the first picture?", describe(first)))
-        asked.append(("What is in the second picture?", describe(second)))
+        about = [
+            ("What is in the first picture?", describe(first)),
+            ("What is in the second picture?", describe(second)),
+        ]
+        if turns == 0 and rng.random() < 0.5:
+            about.reverse()
+        asked.extend(about)
     return Example((draw(first), draw(second)), (first, second), "compare", tuple(asked))
 
 

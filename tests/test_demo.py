@@ -266,6 +266,18 @@ def test_two_pictures_can_be_described_at_the_end():
         assert turn == (f"What is in the {place} picture?", world.describe(scene))
 
 
+def test_no_turns_describe_either_picture_first():
+    begun = set()
+    for number in range(20):
+        example = world.make_example("train", number, "compare", turns=0, then=["describe"])
+        asked = [question for question, _ in example.turns]
+        assert sorted(asked) == ["What is in the first picture?", "What is in the second picture?"]
+        place = 0 if "first" in asked[0] else 1
+        assert example.turns[0][1] == world.describe(example.scenes[place])
+        begun.add(place)
+    assert begun == {0, 1}
+
+
 def test_the_picture_is_of_the_world():
     from PIL import Image
 

@@ -456,7 +456,8 @@ def make_example(
         large: big enough for tiles; by default every seventh or so.
         most: shapes of a picture, at most.
         then: tasks of the questions after the first, over and over; by default each other task
-            once, and a map at the end. Of two pictures, "describe" asks about each at the end.
+            once, and a map at the end. Of two pictures, "describe" asks about each at the end,
+            and with no turns about nothing else, either picture first.
     """
     rng = random.Random(f"{split} {number} {task}")
     chosen = task if task is not None else rng.choice(TASKS)
@@ -581,7 +582,7 @@ def main() -> None:
         choices=(*TASKS, NEW_SHAPE),
         help="of the first question; heart is never drawn for the demo model (default: any other)",
     )
-    parser.add_argument("--turns", type=int, default=1, help="questions per picture, at most")
+    parser.add_argument("--turns", type=int, default=1, help="questions about a picture, at most")
     parser.add_argument(
         "--then",
         choices=TASKS[:-1],

@@ -278,6 +278,16 @@ def test_no_turns_describe_either_picture_first():
     assert begun == {0, 1}
 
 
+@pytest.mark.parametrize("options", ["--turns 0", "--task compare --turns 0", "--turns -1"])
+def test_examples_without_questions_are_refused(options, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "world"
+    monkeypatch.setattr("sys.argv", ["world.py", *options.split(), "--output", str(output)])
+    with pytest.raises(SystemExit):
+        world.main()
+    assert "must be 1 or more, or 0 with" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_the_picture_is_of_the_world():
     from PIL import Image
 

@@ -582,7 +582,12 @@ def main() -> None:
         choices=(*TASKS, NEW_SHAPE),
         help="of the first question; heart is never drawn for the demo model (default: any other)",
     )
-    parser.add_argument("--turns", type=int, default=1, help="questions about a picture, at most")
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=1,
+        help="questions about a picture, at most; 0 to compare: only the descriptions of --then",
+    )
     parser.add_argument(
         "--then",
         choices=TASKS[:-1],
@@ -598,6 +603,11 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
+    alone = args.task == "compare" and "describe" in (args.then or ())
+    if args.turns < (0 if alone else 1):
+        parser.error(
+            f"--turns {args.turns}: must be 1 or more, or 0 with --task compare --then describe"
+        )
     args.output.mkdir(parents=True, exist_ok=True)
     options = (args.output, args.split, args.task, args.turns, args.shapes, args.then, args.detect)
     write = partial(write_example, *options)

@@ -23,9 +23,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_lfm2vl.benchmark import made_picture, this_machine
-from mlx_lfm2vl.config import load_config, load_image_processor_config
-from mlx_lfm2vl.tokenizer import Lfm2Tokenizer
+from mlx_lfm2vl.checkpoints.settings import load_image_processor_config
+from mlx_lfm2vl.measuring.machine import this_machine
+from mlx_lfm2vl.measuring.stages import made_picture
+from mlx_lfm2vl.models.config import load_config
+from mlx_lfm2vl.prompts.tokenizer import Lfm2Tokenizer
 
 HERE = Path(__file__).parent
 OURS, PEER, OFFICIAL = "mlx_lfm2vl", "mlx-vlm", "transformers"

@@ -134,7 +134,7 @@ class Ours(Mlx):
         from pathlib import Path
 
         import mlx_lfm2vl
-        from mlx_lfm2vl.config import load_config
+        from mlx_lfm2vl.models.config import load_config
 
         dtype = load_config(Path(folder)).dtype
         self.model, self.processor = mlx_lfm2vl.load(folder, dtype=dtype, lazy=False)
@@ -148,7 +148,7 @@ class Ours(Mlx):
         return self.model.make_cache()
 
     def steps(self, ids: Sequence[int], cache: Any, max_tokens: int) -> Iterator[Any]:
-        from mlx_lfm2vl.generate import generate_step
+        from mlx_lfm2vl.generation.generate import generate_step
 
         return generate_step(ids, self.model, max_tokens=max_tokens, prompt_cache=cache)
 
@@ -187,14 +187,14 @@ class Ours(Mlx):
 
     def bandwidth(self, rounds: int) -> float:
         """Bytes per second of a matrix-vector product."""
-        from mlx_lfm2vl.benchmark import measure_bandwidth
+        from mlx_lfm2vl.measuring.machine import measure_bandwidth
 
         return measure_bandwidth(self.model.vision_tower.post_layernorm.weight.dtype, rounds)
 
     def token_bytes(self, positions: int) -> int:
         """Weights and cache that a token reads."""
-        from mlx_lfm2vl.benchmark import decode_weight_bytes
-        from mlx_lfm2vl.cache import cache_nbytes, copy_cache
+        from mlx_lfm2vl.measuring.stages import decode_weight_bytes
+        from mlx_lfm2vl.models.cache import cache_nbytes, copy_cache
 
         cache, _ = self.caches[positions]
         return decode_weight_bytes(self.model.language_model) + cache_nbytes(copy_cache(cache))

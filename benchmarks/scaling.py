@@ -20,10 +20,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_lfm2vl import CacheOptions, load
-from mlx_lfm2vl.benchmark import repeat, seconds, this_machine
-from mlx_lfm2vl.cache import BatchKVCache, Cache, ConvCache, KVCache
-from mlx_lfm2vl.generate import generate_step, read_prompt
-from mlx_lfm2vl.model import Lfm2VlForConditionalGeneration
+from mlx_lfm2vl.generation.generate import generate_step, read_prompt
+from mlx_lfm2vl.measuring.machine import repeat, seconds, this_machine
+from mlx_lfm2vl.models.cache import BatchKVCache, Cache, ConvCache, KVCache
+from mlx_lfm2vl.models.lfm2_vl import Lfm2VlForConditionalGeneration
 
 VIEWS = (1, 2, 3, 4, 6, 8, 10)
 PREFILL_LENGTHS = (64, 128, 256, 512, 1024, 2048)

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mlx_lfm2vl import ImageProcessorConfig, Lfm2VlImageProcessor
-from mlx_lfm2vl.image_processor import ProcessedImage, load_image
+from mlx_lfm2vl.prompts.image_processor import ProcessedImage
+from mlx_lfm2vl.prompts.image_source import load_image
 
 GAP = 24  # pixels between views
 

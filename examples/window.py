@@ -14,7 +14,7 @@ from tkinter import ttk
 from PIL import Image, ImageTk
 
 from mlx_lfm2vl import Request, RequestCancelled, Worker
-from mlx_lfm2vl.image_processor import load_image
+from mlx_lfm2vl.prompts.image_source import load_image
 
 POLL = 30  # milliseconds
 GAP = 12  # pixels

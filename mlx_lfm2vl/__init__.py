@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .batch import BatchRequest, BatchResult, batch_generate, stream_batch
-    from .config import CacheOptions, ImageOptions, ImageProcessorConfig, Lfm2VlConfig, Sampling
-    from .convert import Quantization, convert
-    from .data import read_dataset
+    from .checkpoints.loading import load
+    from .conversion.fuse import fuse
+    from .conversion.plan import convert
+    from .conversion.recipes import Quantization
     from .errors import (
         ConfigError,
         ConvertError,
@@ -25,59 +25,61 @@ if TYPE_CHECKING:
         TrainError,
         WeightsError,
     )
-    from .fuse import fuse
-    from .generate import GenerationResponse, generate, stream_generate
-    from .image_processor import Lfm2VlImageProcessor
-    from .loading import load
-    from .model import Lfm2VlForConditionalGeneration, Lfm2VlOutput
-    from .processor import Lfm2VlProcessor, Prompt
-    from .session import Session, Usage
-    from .train import Trainer, TrainingOptions
-    from .worker import Request, RequestCancelled, Worker
+    from .generation.answer import GenerationResponse
+    from .generation.batch import BatchRequest, BatchResult, batch_generate, stream_batch
+    from .generation.generate import generate, stream_generate
+    from .models.config import Lfm2VlConfig
+    from .models.lfm2_vl import Lfm2VlForConditionalGeneration, Lfm2VlOutput
+    from .options import CacheOptions, ImageOptions, ImageProcessorConfig, Sampling
+    from .prompts.image_processor import Lfm2VlImageProcessor
+    from .prompts.processor import Lfm2VlProcessor, Prompt
+    from .serving.session import Session, Usage
+    from .serving.worker import Request, RequestCancelled, Worker
+    from .training.data import read_dataset
+    from .training.trainer import Trainer, TrainingOptions
 
 # name -> module; imported when first used, so that `import mlx_lfm2vl` costs next to nothing
 _EXPORTS = {
-    "BatchRequest": "batch",
-    "BatchResult": "batch",
-    "CacheOptions": "config",
+    "BatchRequest": "generation.batch",
+    "BatchResult": "generation.batch",
+    "CacheOptions": "options",
     "ConfigError": "errors",
     "ConvertError": "errors",
     "DataError": "errors",
-    "GenerationResponse": "generate",
+    "GenerationResponse": "generation.answer",
     "ImageError": "errors",
-    "ImageOptions": "config",
-    "ImageProcessorConfig": "config",
-    "Lfm2VlConfig": "config",
+    "ImageOptions": "options",
+    "ImageProcessorConfig": "options",
+    "Lfm2VlConfig": "models.config",
     "Lfm2VlError": "errors",
-    "Lfm2VlForConditionalGeneration": "model",
-    "Lfm2VlImageProcessor": "image_processor",
-    "Lfm2VlOutput": "model",
-    "Lfm2VlProcessor": "processor",
+    "Lfm2VlForConditionalGeneration": "models.lfm2_vl",
+    "Lfm2VlImageProcessor": "prompts.image_processor",
+    "Lfm2VlOutput": "models.lfm2_vl",
+    "Lfm2VlProcessor": "prompts.processor",
     "ModelNotFoundError": "errors",
-    "Prompt": "processor",
+    "Prompt": "prompts.processor",
     "PromptError": "errors",
-    "Quantization": "convert",
-    "Request": "worker",
-    "RequestCancelled": "worker",
-    "Sampling": "config",
-    "Session": "session",
+    "Quantization": "conversion.recipes",
+    "Request": "serving.worker",
+    "RequestCancelled": "serving.worker",
+    "Sampling": "options",
+    "Session": "serving.session",
     "SnapshotError": "errors",
     "TrainError": "errors",
-    "Trainer": "train",
-    "TrainingOptions": "train",
-    "Usage": "session",
+    "Trainer": "training.trainer",
+    "TrainingOptions": "training.trainer",
+    "Usage": "serving.session",
     "WeightsError": "errors",
-    "Worker": "worker",
-    "batch_generate": "batch",
-    "convert": "convert",
-    "fuse": "fuse",
-    "generate": "generate",
-    "load": "loading",
-    "read_dataset": "data",
-    "stream_batch": "batch",
-    "stream_generate": "generate",
+    "Worker": "serving.worker",
+    "batch_generate": "generation.batch",
+    "convert": "conversion.plan",
+    "fuse": "conversion.fuse",
+    "generate": "generation.generate",
+    "load": "checkpoints.loading",
+    "read_dataset": "training.data",
+    "stream_batch": "generation.batch",
+    "stream_generate": "generation.generate",
 }
-
 __all__ = [
     "BatchRequest",
     "BatchResult",

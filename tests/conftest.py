@@ -62,10 +62,10 @@ class Work:
 @pytest.fixture
 def work(monkeypatch) -> Work:
     """Counts what all models do meanwhile."""
-    from mlx_lfm2vl.cache import QuantizedKVCache
-    from mlx_lfm2vl.decoding import DecodeStep
-    from mlx_lfm2vl.language import Lfm2ForCausalLM, Lfm2Model
-    from mlx_lfm2vl.vision import Siglip2VisionModel
+    from mlx_lfm2vl.generation.decoding import DecodeStep
+    from mlx_lfm2vl.models.cache import QuantizedKVCache
+    from mlx_lfm2vl.models.lfm2 import Lfm2ForCausalLM, Lfm2Model
+    from mlx_lfm2vl.models.siglip2 import Siglip2VisionModel
 
     work = Work()
     see, forward = Siglip2VisionModel.__call__, Lfm2Model.__call__
@@ -125,8 +125,8 @@ def random_language_model(*layer_types: str):
     """A language model whose heads are wide enough to be quantized: 64 values each."""
     import mlx.core as mx
 
-    from mlx_lfm2vl.config import Lfm2Config
-    from mlx_lfm2vl.language import Lfm2ForCausalLM
+    from mlx_lfm2vl.models.config import Lfm2Config
+    from mlx_lfm2vl.models.lfm2 import Lfm2ForCausalLM
 
     mx.random.seed(0)
     model = Lfm2ForCausalLM(

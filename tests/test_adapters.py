@@ -17,7 +17,7 @@ from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from mlx_lfm2vl import Quantization, TrainError, WeightsError, convert, fuse, generate, load
-from mlx_lfm2vl.adapters import (
+from mlx_lfm2vl.checkpoints.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     PARTS,
@@ -27,9 +27,9 @@ from mlx_lfm2vl.adapters import (
     read_adapters,
     trainable_linears,
 )
-from mlx_lfm2vl.data import Batch
-from mlx_lfm2vl.fuse import main as fuse_main
-from mlx_lfm2vl.train import TrainingOptions, make_optimizer, prepare, step, write_result
+from mlx_lfm2vl.cli.fuse import main as fuse_main
+from mlx_lfm2vl.training.data import Batch
+from mlx_lfm2vl.training.trainer import TrainingOptions, make_optimizer, prepare, step, write_result
 
 from .conftest import FIXTURES
 from .test_parity import shapes, stored

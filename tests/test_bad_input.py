@@ -19,7 +19,7 @@ from mlx_lfm2vl import (
     PromptError,
     WeightsError,
 )
-from mlx_lfm2vl.cli import main
+from mlx_lfm2vl.cli.generate import main
 
 
 @pytest.fixture

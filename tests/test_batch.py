@@ -14,7 +14,7 @@ from mlx_lfm2vl import (
     stream_batch,
     stream_generate,
 )
-from mlx_lfm2vl.language import Lfm2Model
+from mlx_lfm2vl.models.lfm2 import Lfm2Model
 
 from .checkpoints.pictures import picture
 

@@ -9,17 +9,14 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_lfm2vl import ImageError, ImageOptions, PromptError, load
-from mlx_lfm2vl.benchmark import (
+from mlx_lfm2vl.cli.benchmark import as_json, as_table, main
+from mlx_lfm2vl.measuring.machine import Machine, measure_bandwidth
+from mlx_lfm2vl.measuring.stages import (
     BenchmarkResult,
     ImageCosts,
-    Machine,
-    as_json,
-    as_table,
     benchmark,
     decode_weight_bytes,
     made_picture,
-    main,
-    measure_bandwidth,
 )
 
 from .checkpoints.pictures import picture
@@ -33,7 +30,7 @@ def small_matrix():
     """The machine's bandwidth is not what is tested."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "mlx_lfm2vl.benchmark.measure_bandwidth",
+            "mlx_lfm2vl.measuring.stages.measure_bandwidth",
             lambda dtype, rounds: measure_bandwidth(dtype, rounds, 1 << 18),
         )
         yield

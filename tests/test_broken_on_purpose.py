@@ -6,8 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lfm2vl import image_processor, language, model, vision
-from mlx_lfm2vl.cache import ConvCache
+from mlx_lfm2vl.models import lfm2 as language
+from mlx_lfm2vl.models import lfm2_vl as model
+from mlx_lfm2vl.models import siglip2 as vision
+from mlx_lfm2vl.models.cache import ConvCache
+from mlx_lfm2vl.prompts import image_processor
 
 from . import test_parity as parity
 

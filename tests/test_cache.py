@@ -6,10 +6,16 @@ import pytest
 from mlx_lm.models.cache import RotatingKVCache as MlxLmRotatingKVCache
 
 from mlx_lfm2vl import ConfigError, PromptError, generate
-from mlx_lfm2vl.cache import KVCache, QuantizedKVCache, RotatingKVCache, cache_nbytes, copy_cache
-from mlx_lfm2vl.config import CacheOptions
-from mlx_lfm2vl.generate import generate_step
-from mlx_lfm2vl.language import Lfm2Model, Masks
+from mlx_lfm2vl.generation.generate import generate_step
+from mlx_lfm2vl.models.cache import (
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+    cache_nbytes,
+    copy_cache,
+)
+from mlx_lfm2vl.models.lfm2 import Lfm2Model, Masks
+from mlx_lfm2vl.options import CacheOptions
 
 from .checkpoints.pictures import picture
 from .test_generation import TOLERANCE, relative

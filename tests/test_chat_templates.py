@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mlx_lfm2vl import ConfigError, PromptError
-from mlx_lfm2vl.tokenizer import Lfm2Tokenizer, compile_template
+from mlx_lfm2vl.prompts.template import compile_template
+from mlx_lfm2vl.prompts.tokenizer import Lfm2Tokenizer
 
 from .conftest import SHARED
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mlx_lfm2vl import generate
-from mlx_lfm2vl.cli import build_parser, main
+from mlx_lfm2vl.cli.generate import build_parser, main
 
 from .checkpoints.pictures import picture
 
@@ -121,7 +121,7 @@ def test_image_switches_reach_the_processor(flags, fewer, run, photo):
 
 
 def test_memory_flags_reach_the_cache(run, loaded):
-    from mlx_lfm2vl.config import CacheOptions
+    from mlx_lfm2vl.options import CacheOptions
 
     size = 2 * len(loaded()[1]("Count").token_ids)
     flags = ("-p", "Count", "--temp", 0, "-m", 90)

@@ -6,12 +6,9 @@ import json
 import pytest
 
 from mlx_lfm2vl import ConfigError, ImageOptions, ImageProcessorConfig, Lfm2VlConfig, Sampling
-from mlx_lfm2vl.config import (
-    FAMILY_SAMPLING,
-    load_config,
-    load_generation_config,
-    load_image_processor_config,
-)
+from mlx_lfm2vl.checkpoints.settings import load_generation_config, load_image_processor_config
+from mlx_lfm2vl.models.config import load_config
+from mlx_lfm2vl.options import FAMILY_SAMPLING
 
 from .conftest import SHARED
 

@@ -14,10 +14,12 @@ from mlx.utils import tree_flatten
 
 import mlx_lfm2vl
 from mlx_lfm2vl import ConfigError, ConvertError, Quantization, convert, generate
-from mlx_lfm2vl.config import load_config
-from mlx_lfm2vl.convert import RECIPES, hf_name, make_plan, write_plan
-from mlx_lfm2vl.convert_cli import main
-from mlx_lfm2vl.weights import mlx_name, read_weights
+from mlx_lfm2vl.checkpoints.names import hf_name, mlx_name
+from mlx_lfm2vl.checkpoints.weights import read_weights
+from mlx_lfm2vl.cli.convert import main
+from mlx_lfm2vl.conversion.plan import make_plan, write_plan
+from mlx_lfm2vl.conversion.recipes import RECIPES
+from mlx_lfm2vl.models.config import load_config
 
 from .conftest import FIXTURES
 from .test_inventory import CHECKPOINTS, NAMES, inventory, shape
@@ -196,7 +198,7 @@ def test_type(out):
 
 def test_shards(out, monkeypatch):
 
-    monkeypatch.setattr(sys.modules["mlx_lfm2vl.convert"], "MAX_SHARD_BYTES", 100_000)
+    monkeypatch.setattr(sys.modules["mlx_lfm2vl.conversion.plan"], "MAX_SHARD_BYTES", 100_000)
     convert(FIXTURES / "v5", out)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     shards = sorted(out.glob("*.safetensors"))
@@ -370,7 +372,7 @@ def test_a_disk_that_fills_up_on_the_way(out):
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-from mlx_lfm2vl.convert_cli import main
+from mlx_lfm2vl.cli.convert import main
 main(["--hf-path", {str(FIXTURES / "v5")!r}, "--mlx-path", {str(out)!r}])
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -381,7 +383,7 @@ main(["--hf-path", {str(FIXTURES / "v5")!r}, "--mlx-path", {str(out)!r}])
 
 
 def test_report_of_equal_models_is_exactly_zero():
-    from mlx_lfm2vl.report import report
+    from mlx_lfm2vl.conversion.report import report
 
     (result,) = report(FIXTURES / "v5", [FIXTURES / "mlx"])
     assert result.top1_agreement == 1
@@ -392,7 +394,7 @@ def test_report_of_equal_models_is_exactly_zero():
 
 
 def test_report_numbers_are_those_of_a_direct_computation(out, tmp_path, capsys):
-    from mlx_lfm2vl.report import TEXTS, cosine, first_difference, kl_divergence, report
+    from mlx_lfm2vl.conversion.report import TEXTS, cosine, first_difference, kl_divergence, report
 
     eight = tmp_path / "eight"
     convert(FIXTURES / "v5", out, Quantization(bits=4, **SMALL))
@@ -422,7 +424,7 @@ def test_report_numbers_are_those_of_a_direct_computation(out, tmp_path, capsys)
 def test_report_as_a_plot(out, tmp_path, monkeypatch):
     from PIL import Image
 
-    from mlx_lfm2vl.report import plot, report
+    from mlx_lfm2vl.conversion.report import plot, report
 
     convert(FIXTURES / "v5", out, Quantization(bits=8, **SMALL))
     results = report(FIXTURES / "v5", [FIXTURES / "v5", out])

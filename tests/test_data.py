@@ -11,7 +11,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from mlx_lfm2vl import DataError, PromptError
-from mlx_lfm2vl.data import (
+from mlx_lfm2vl.prompts.tokenizer import Lfm2Tokenizer
+from mlx_lfm2vl.training.data import (
     NEIGHBOURS,
     PAD_MULTIPLE,
     Batch,
@@ -22,7 +23,6 @@ from mlx_lfm2vl.data import (
     prefetch,
     read_dataset,
 )
-from mlx_lfm2vl.tokenizer import Lfm2Tokenizer
 
 from .checkpoints.pictures import messages, picture
 from .test_chat_templates import CHECKPOINTS, CONVERSATIONS, RENDERED

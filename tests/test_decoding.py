@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from mlx_lfm2vl import Session, generate, stream_generate
-from mlx_lfm2vl.cache import KVCache, copy_cache
-from mlx_lfm2vl.config import CacheOptions, Sampling
-from mlx_lfm2vl.decoding import DecodeStep
-from mlx_lfm2vl.generate import generate_step, read_prompt
-from mlx_lfm2vl.language import CPU_BLOCK, attention
+from mlx_lfm2vl.generation.decoding import DecodeStep
+from mlx_lfm2vl.generation.generate import generate_step, read_prompt
+from mlx_lfm2vl.models.cache import KVCache, copy_cache
+from mlx_lfm2vl.models.lfm2 import CPU_BLOCK, attention
+from mlx_lfm2vl.options import CacheOptions, Sampling
 
 from .checkpoints.pictures import picture
 from .conftest import random_language_model

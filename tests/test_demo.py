@@ -26,7 +26,7 @@ from mlx_lfm2vl import (
     generate,
     load,
 )
-from mlx_lfm2vl.generate import generate_step
+from mlx_lfm2vl.generation.generate import generate_step
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "demo"))

@@ -23,9 +23,10 @@ import pytest
 from PIL import Image
 
 from mlx_lfm2vl import ImageError, generate
-from mlx_lfm2vl import folder as folder_module
-from mlx_lfm2vl.folder import LOOK_AHEAD, Lines, Task, build_parser, find_images, look_ahead, main
-from mlx_lfm2vl.image_processor import load_image
+from mlx_lfm2vl.cli.batch import build_parser, main
+from mlx_lfm2vl.prompts.image_source import load_image
+from mlx_lfm2vl.serving import folder as folder_module
+from mlx_lfm2vl.serving.folder import LOOK_AHEAD, Lines, Task, find_images, look_ahead
 
 from .checkpoints.pictures import picture
 
@@ -512,7 +513,7 @@ def test_threads_prepare_a_few_images_ahead_without_mlx(few, loaded, monkeypatch
     for name in ("array", "eval", "zeros", "concatenate"):
         monkeypatch.setattr(mx, name, refuse)
     options = build_parser().parse_args(["--images", "x", "-o", "y", "-p", "What?"])
-    from mlx_lfm2vl.folder import _task
+    from mlx_lfm2vl.cli.batch import _task
 
     task = _task(options)
     assert isinstance(task, Task)
@@ -526,7 +527,7 @@ def test_threads_prepare_a_few_images_ahead_without_mlx(few, loaded, monkeypatch
 
 
 def test_preparing_imports_no_mlx():
-    code = "import sys, mlx_lfm2vl.processor; assert 'mlx.core' not in sys.modules"
+    code = "import sys, mlx_lfm2vl.prompts.processor; assert 'mlx.core' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

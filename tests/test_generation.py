@@ -11,7 +11,7 @@ from mlx_lm.generate import generate_step as mlx_lm_generate_step
 from PIL import Image
 
 from mlx_lfm2vl import GenerationResponse, PromptError, generate, stream_generate
-from mlx_lfm2vl.generate import generate_step
+from mlx_lfm2vl.generation.generate import generate_step
 
 TOLERANCE = 1e-5  # float32: sums of a few hundred products in another order
 
@@ -120,7 +120,7 @@ def test_mlx_lm_drives_the_language_model(case):
 def test_steps_are_those_of_mlx_lm_with_sampler_and_penalty(loaded):
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-    from mlx_lfm2vl import sampling
+    from mlx_lfm2vl.generation import sampling
 
     model, processor = loaded()
     ids = processor("Once upon a time").token_ids
@@ -266,7 +266,7 @@ def test_conv_state_does_not_keep_the_prompt_alive(loaded):
     conv = next(layer.conv for layer in model.layers if not layer.is_attention_layer)
     cache = model.make_cache()
     conv_cache = next(c for c in cache if not hasattr(c, "keys"))
-    from mlx_lfm2vl.language import Masks
+    from mlx_lfm2vl.models.lfm2 import Masks
 
     x = mx.random.normal((1, 50_000, hidden))
     out = conv(x, Masks(None), conv_cache)

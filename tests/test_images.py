@@ -9,7 +9,8 @@ import pytest
 from PIL import Image, ImageColor
 
 from mlx_lfm2vl import ImageError, ImageOptions, ImageProcessorConfig, Lfm2VlImageProcessor
-from mlx_lfm2vl.image_processor import ImageLayout, load_image
+from mlx_lfm2vl.prompts.image_processor import ImageLayout
+from mlx_lfm2vl.prompts.image_source import load_image
 
 PROCESSOR = Lfm2VlImageProcessor(ImageProcessorConfig())
 

@@ -7,9 +7,9 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_lfm2vl.config import Lfm2Config, Lfm2VlConfig, Siglip2VisionConfig, load_config
-from mlx_lfm2vl.model import Lfm2VlForConditionalGeneration
-from mlx_lfm2vl.weights import is_mlx_layout, mlx_name
+from mlx_lfm2vl.checkpoints.names import is_mlx_layout, mlx_name
+from mlx_lfm2vl.models.config import Lfm2Config, Lfm2VlConfig, Siglip2VisionConfig, load_config
+from mlx_lfm2vl.models.lfm2_vl import Lfm2VlForConditionalGeneration
 
 CHECKPOINTS = Path(__file__).parents[2] / "shared" / "checkpoints"
 pytestmark = pytest.mark.skipif(not CHECKPOINTS.exists(), reason="needs ../shared/checkpoints")

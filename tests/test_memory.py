@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_lfm2vl import BatchRequest, CacheOptions, Sampling, Session, batch_generate
-from mlx_lfm2vl.generate import generate_step
+from mlx_lfm2vl.generation.generate import generate_step
 
 from .checkpoints.pictures import picture
 

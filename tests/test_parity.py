@@ -8,9 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lfm2vl.generate import generate_step
-from mlx_lfm2vl.language import swiglu
-from mlx_lfm2vl.vision import gelu_tanh
+from mlx_lfm2vl.generation.generate import generate_step
+from mlx_lfm2vl.models.layers import gelu_tanh, swiglu
 
 from .checkpoints.pictures import CASES, messages
 from .conftest import FIXTURES

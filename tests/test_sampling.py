@@ -5,8 +5,7 @@ import mlx_lm.sample_utils as oracle
 import pytest
 
 from mlx_lfm2vl import ConfigError, Sampling
-from mlx_lfm2vl.config import FAMILY_SAMPLING
-from mlx_lfm2vl.sampling import (
+from mlx_lfm2vl.generation.sampling import (
     apply_min_p,
     apply_top_k,
     apply_top_p,
@@ -14,6 +13,7 @@ from mlx_lfm2vl.sampling import (
     make_repetition_penalty,
     make_sampler,
 )
+from mlx_lfm2vl.options import FAMILY_SAMPLING
 
 VOCAB = 500
 

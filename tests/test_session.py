@@ -117,7 +117,7 @@ def test_a_turn_whose_answer_encodes_to_itself_is_not_read_again(loaded, work, m
         script = iter([*wanted, eos, eos])
         return lambda logprobs: mx.array([next(script)]), []
 
-    monkeypatch.setattr(sys.modules["mlx_lfm2vl.generate"], "from_settings", speak)
+    monkeypatch.setattr(sys.modules["mlx_lfm2vl.generation.generate"], "from_settings", speak)
     for n, text in enumerate(("What?", "Where?", "Who?")):
         before = session.usage
         answer = session.send(text, max_tokens=50)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_lfm2vl.tokenizer import Lfm2Tokenizer
+from mlx_lfm2vl.prompts.tokenizer import Lfm2Tokenizer
 
 from .chat.strings import COUNT, SPECIAL, made_strings
 from .conftest import SHARED

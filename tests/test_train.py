@@ -9,17 +9,11 @@ import pytest
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_lfm2vl import TrainError, load
-from mlx_lfm2vl.adapters import PARTS, trainable_linears
-from mlx_lfm2vl.data import Batch, collate, read_dataset
-from mlx_lfm2vl.train import (
-    TrainingOptions,
-    loss_sum,
-    make_optimizer,
-    prepare,
-    step,
-)
-from mlx_lfm2vl.vision import random_seed
-from mlx_lfm2vl.weights import mlx_name
+from mlx_lfm2vl.checkpoints.adapters import PARTS, trainable_linears
+from mlx_lfm2vl.checkpoints.names import mlx_name
+from mlx_lfm2vl.models.layers import random_seed
+from mlx_lfm2vl.training.data import Batch, collate, read_dataset
+from mlx_lfm2vl.training.trainer import TrainingOptions, loss_sum, make_optimizer, prepare, step
 
 from .checkpoints.pictures import TRAINED
 from .conftest import FIXTURES

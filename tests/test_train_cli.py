@@ -17,20 +17,14 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from mlx_lfm2vl import DataError, TrainError, convert, generate, load, train
-from mlx_lfm2vl.adapters import ADAPTER_WEIGHTS, PARTS
-from mlx_lfm2vl.data import batch_order, collate, read_dataset
-from mlx_lfm2vl.train import (
-    Trainer,
-    TrainingOptions,
-    answer_metric,
-    checkpoints,
-    exact_match,
-    loss_sum,
-    validation_loss,
-)
-from mlx_lfm2vl.train_cli import COLUMNS, LOG, PLOT, main, read_log
-from mlx_lfm2vl.vision import random_seed
+from mlx_lfm2vl import DataError, TrainError, convert, generate, load
+from mlx_lfm2vl.checkpoints.adapters import ADAPTER_WEIGHTS, PARTS
+from mlx_lfm2vl.cli.train import COLUMNS, LOG, PLOT, main, read_log
+from mlx_lfm2vl.models.layers import random_seed
+from mlx_lfm2vl.training import metrics
+from mlx_lfm2vl.training.data import batch_order, collate, read_dataset
+from mlx_lfm2vl.training.metrics import answer_metric, exact_match, validation_loss
+from mlx_lfm2vl.training.trainer import Trainer, TrainingOptions, checkpoints, loss_sum
 
 from .checkpoints import pictures
 from .conftest import FIXTURES
@@ -247,7 +241,7 @@ def test_validation_counts_every_sample(samples, loaded):
 
 
 def test_metric_of_greedy_answers(data, loaded, monkeypatch):
-    monkeypatch.setattr(train, "ANSWER", 12)
+    monkeypatch.setattr(metrics, "ANSWER", 12)
     model, processor = loaded()
     dataset = read_dataset(data / "valid.jsonl", processor, max_length=4096)
     asked = []
@@ -266,7 +260,7 @@ def test_metric_of_greedy_answers(data, loaded, monkeypatch):
 
 
 def test_validation_pictures_that_cannot_be_read(loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "ANSWER", 4)
+    monkeypatch.setattr(metrics, "ANSWER", 4)
     model, processor = loaded()
     entries = []
     for name in ("a.jpg", "b.jpg"):
@@ -336,7 +330,7 @@ def undisturbed(data, tmp_path_factory):
 
 
 def test_a_run_from_end_to_end(run, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "ANSWER", 4)
+    monkeypatch.setattr(metrics, "ANSWER", 4)
     metric = tmp_path / "mine.py"
     metric.write_text("def third(answer, reference):\n    return 1 / 3\n")
     output = tmp_path / "out"
@@ -450,7 +444,9 @@ def wait_for(path, process):
 BLOCKED = """
 import sys, time
 from pathlib import Path
-from mlx_lfm2vl import train, train_cli
+from mlx_lfm2vl.cli import train as train_cli
+from mlx_lfm2vl.training import metrics
+from mlx_lfm2vl.training import trainer as train
 
 write = train.write_result
 
@@ -489,7 +485,9 @@ def test_killed_while_saving(run, undisturbed, data, tmp_path):
 SLOW = """
 import sys, time
 from pathlib import Path
-from mlx_lfm2vl import train, train_cli
+from mlx_lfm2vl.cli import train as train_cli
+from mlx_lfm2vl.training import metrics
+from mlx_lfm2vl.training import trainer as train
 
 step = train.step
 
@@ -526,7 +524,7 @@ def test_interrupted_and_resumed(run, undisturbed, data, tmp_path):
 
 def test_interrupted_while_validating(run, undisturbed, tmp_path, monkeypatch):
     """What comes between a step and its report is not lost, either."""
-    real = train.validation_loss
+    real = metrics.validation_loss
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGINT)
@@ -535,7 +533,7 @@ def test_interrupted_while_validating(run, undisturbed, tmp_path, monkeypatch):
     output = tmp_path / "out"
     arguments = ("--output", output, "--save-every", 100)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "validation_loss", interrupted)
+        patch.setattr(metrics, "validation_loss", interrupted)
         code, said = run(*arguments)
     assert code == 130
     assert "stopped after step 4; --resume goes on from here" in said

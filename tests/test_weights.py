@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 import mlx_lfm2vl
 from mlx_lfm2vl import WeightsError
-from mlx_lfm2vl.loading import choose_dtype
+from mlx_lfm2vl.checkpoints.loading import choose_dtype
 
 from .test_parity import TOLERANCE, shapes, stored
 

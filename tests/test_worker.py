@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from mlx_lfm2vl import ImageError, ModelNotFoundError, PromptError, generate, load
-from mlx_lfm2vl.decoding import DecodeStep
-from mlx_lfm2vl.worker import RequestCancelled, Worker
+from mlx_lfm2vl.generation.decoding import DecodeStep
+from mlx_lfm2vl.serving.worker import RequestCancelled, Worker
 
 from .checkpoints.pictures import picture
 
@@ -289,7 +289,7 @@ def test_a_forgotten_worker_answers_and_ends():
 @pytest.mark.parametrize("moment", ["loading", "answering", "waiting"])
 def test_interpreter_exit_does_not_hang(moment):
     code = f"""
-from mlx_lfm2vl.worker import Worker
+from mlx_lfm2vl.serving.worker import Worker
 worker = Worker({str(FOLDER)!r}, dtype="float32")
 request = worker.submit("Hello", max_tokens=1_000_000 if {moment!r} == "answering" else 2)
 if {moment!r} != "loading":

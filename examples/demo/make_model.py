@@ -19,8 +19,8 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from world import COLORS, NEW_SHAPE, PHRASES, SHAPES, make_example
 
-from mlx_lfm2vl.config import Lfm2VlConfig
-from mlx_lfm2vl.model import Lfm2VlForConditionalGeneration
+from mlx_lfm2vl.models.config import Lfm2VlConfig
+from mlx_lfm2vl.models.lfm2_vl import Lfm2VlForConditionalGeneration
 
 SPECIAL = [
     "<|pad|>",

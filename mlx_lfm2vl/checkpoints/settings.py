@@ -1,0 +1,97 @@
+"""What a model folder says besides the model: image settings and recommended sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..files import Json, Reader, read_json
+from ..models.config import Lfm2VlConfig, _token_ids
+from ..options import GenerationConfig, ImageProcessorConfig, Sampling
+
+
+def load_image_processor_config(folder: Path, model: Lfm2VlConfig) -> ImageProcessorConfig:
+    """Merges `processor_config.json` (flat or nested) and `preprocessor_config.json`.
+
+    Values that stand in neither are looked up at the top of `config.json`, where the first
+    checkpoints repeat them, and then fall back to the official defaults.
+
+    Raises:
+        ConfigError: two files contradict each other, or the model's own config.
+    """
+    found: dict[str, tuple[Any, str]] = {}
+    for data, file in _image_settings(folder):
+        for key, value in data.items():
+            if key in found and found[key][0] != value:
+                raise ConfigError(
+                    f"{key} is {found[key][0]} in {found[key][1]} and {value} in {file}; "
+                    "make them equal"
+                )
+            found[key] = (value, file)
+    for key, value in _known_image_settings(read_json(folder / "config.json")).items():
+        found.setdefault(key, (value, "config.json"))
+    config = ImageProcessorConfig(**{key: value for key, (value, _) in found.items()})
+    for key, ours, theirs in (
+        ("encoder_patch_size", config.encoder_patch_size, model.vision_config.patch_size),
+        ("downsample_factor", config.downsample_factor, model.downsample_factor),
+    ):
+        if ours != theirs:
+            file = found[key][1] if key in found else "the image processor's default"
+            raise ConfigError(f"{key} is {ours} in {file} but {theirs} in config.json")
+    return config
+
+
+def _image_settings(folder: Path) -> Iterable[tuple[Json, str]]:
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        if not (folder / file).exists():
+            continue
+        data = read_json(folder / file)
+        nested = data.get("image_processor")
+        settings = _known_image_settings({**data, **nested} if nested is not None else data)
+        if settings.pop("do_image_splitting", True) is False:
+            # a leftover of some conversions, always together with use_thumbnail=false; it cost
+            # grounding accuracy, so tiling stays on until a caller turns it off
+            settings.pop("use_thumbnail", None)
+        yield settings, file
+
+
+def _known_image_settings(data: Json) -> dict[str, Any]:
+    settings = {}
+    for f in fields(ImageProcessorConfig):
+        value = data.get(f.name)
+        if value is not None:
+            settings[f.name] = tuple(value) if isinstance(value, list) else value
+    if "encoder_patch_size" not in settings and data.get("patch_size") is not None:
+        settings["encoder_patch_size"] = data["patch_size"]
+    return settings
+
+
+def load_generation_config(folder: Path, model: Lfm2VlConfig) -> GenerationConfig:
+    """Reads `generation_config.json`; the model cards' sampling where the file states none."""
+    file = "generation_config.json"
+    if not (folder / file).exists():
+        return GenerationConfig(eos_token_ids=model.eos_token_ids)
+    reader = Reader(read_json(folder / file), file)
+    eos = _token_ids(reader) or model.eos_token_ids
+    stated = {
+        key: reader.get(key, kind, default=None)
+        for key, kind in (
+            ("temperature", float),
+            ("top_p", float),
+            ("top_k", int),
+            ("min_p", float),
+            ("repetition_penalty", float),
+        )
+    }
+    stated = {key: value for key, value in stated.items() if value is not None}
+    do_sample = reader.get("do_sample", bool, default=None)
+    if not stated and do_sample is None:
+        return GenerationConfig(eos_token_ids=eos)
+    if do_sample is False:
+        stated["temperature"] = 0.0
+    else:
+        stated.setdefault("temperature", 1.0)
+    return GenerationConfig(Sampling(**stated), file, eos)

@@ -1,0 +1,189 @@
+"""The command line `python -m mlx_lfm2vl.benchmark`, also installed as `mlx-lfm2vl-benchmark`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+from .._version import __version__
+from ..errors import OutputError
+from ..measuring.stages import (
+    DEFAULT_ROUNDS,
+    DEFAULT_ROWS,
+    DEFAULT_TOKENS,
+    BenchmarkResult,
+    ImageCosts,
+    Size,
+    benchmark,
+)
+from ..options import ImageOptions
+from .options import add_image_options, add_model, options_from, positive
+from .terminal import run_command
+
+EPILOG = """\
+examples:
+  %(prog)s --model LiquidAI/LFM2.5-VL-450M
+  %(prog)s --model lfm2-4bit --image photo.jpg --rounds 5 --json speed.json
+  %(prog)s --model lfm2-4bit --size 640x480 1600x1200 4000x3000
+"""
+
+
+def as_json(result: BenchmarkResult) -> str:
+    """All numbers, in seconds and bytes."""
+    return json.dumps(asdict(result), indent=2, ensure_ascii=False)
+
+
+def as_table(result: BenchmarkResult) -> str:
+    """Machine, model, and Markdown with one column per image."""
+    machine = result.machine
+    head = [
+        f"mlx_lfm2vl {machine.mlx_lfm2vl}, mlx {machine.mlx}, Python {machine.python}",
+        f"{machine.system}: {machine.device_name}, {machine.cores} cores, "
+        f"{machine.memory_bytes / 2**30:.0f} GiB; computing on {machine.device}",
+        f"{result.model}: {result.dtype}, {_gigabytes(result.weight_bytes)} of weights",
+        f"median of {result.rounds} rounds after one that does not count",
+        "",
+    ]
+    whole = [
+        ["load", _duration(result.load_s)],
+        [f"batch of {result.batch_rows}", f"{result.batch_tps:.1f} tok/s"],
+        ["memory bandwidth", f"{result.bandwidth / 1e9:.1f} GB/s"],
+    ]
+    rows = [["", *(costs.name for costs in result.images)]]
+    for title, show in IMAGE_ROWS:
+        rows.append([title, *(show(costs) for costs in result.images)])
+    blank = [""] * (len(rows[0]) - 2)
+    return "\n".join([*head, *_markdown(rows + [[*row, *blank] for row in whole])])
+
+
+def _duration(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.1f} ms"
+
+
+def _gigabytes(value: float) -> str:
+    return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.2f} MB"
+
+
+IMAGE_ROWS: tuple[tuple[str, Callable[[ImageCosts], str]], ...] = (
+    ("views, image tokens", lambda costs: f"{costs.views}, {costs.image_tokens}"),
+    ("preprocess", lambda costs: _duration(costs.preprocess_s)),
+    ("vision", lambda costs: _duration(costs.vision_s)),
+    ("prefill", lambda costs: _duration(costs.prefill_s)),
+    ("prefill speed", lambda costs: f"{costs.prompt_tokens / costs.prefill_s:.0f} tok/s"),
+    ("first question, first token", lambda costs: _duration(costs.first_question_s)),
+    ("second question, first token", lambda costs: _duration(costs.second_question_s)),
+    ("decode", lambda costs: f"{costs.decode_tps:.1f} tok/s"),
+    ("read per token", lambda costs: _gigabytes(costs.bytes_per_token)),
+    ("of the memory bandwidth", lambda costs: f"{100 * costs.bandwidth_share:.0f} %"),
+    ("peak memory", lambda costs: _gigabytes(costs.peak_memory_bytes)),
+)
+
+
+def _markdown(rows: list[list[str]]) -> list[str]:
+    """Lines of a table whose columns are as wide as they must be."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return [
+        "| " + " | ".join(f"{cell:{'<' if n == 0 else '>'}{widths[n]}}"
+                          for n, cell in enumerate(row)) + " |"
+        for row in (rows[0], rule, *rows[1:])
+    ]  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mlx-lfm2vl-benchmark",
+        description="Measure LFM2-VL on this machine, stage by stage.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    add_model(parser)
+    parser.add_argument(
+        "--image", nargs="+", action="extend", default=[], metavar="IMAGE", help="paths or URLs"
+    )
+    parser.add_argument(
+        "--size",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=size,
+        metavar="WIDTHxHEIGHT",
+        help="pictures to make for this (default: 640x480 where there is no --image)",
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=DEFAULT_ROUNDS, help="that count (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        "-m",
+        type=positive,
+        default=DEFAULT_TOKENS,
+        help="length of answers (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=DEFAULT_ROWS,
+        help="answers that decode together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write all numbers as JSON: to FILE besides the table, or alone to standard output",
+    )
+    add_image_options(parser)
+    return parser
+
+
+def size(text: str) -> Size:
+    """`640x480` to (640, 480)."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text} must be WIDTHxHEIGHT in pixels, as 640x480")
+    return int(match[1]), int(match[2])
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line and exits: 0 done, 2 bad input, 130 interrupted."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    run_command(parser.prog, lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
+    file = None if args.json in (None, "-") else Path(args.json)
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise OutputError(f"{file} cannot be written; its folder must exist")
+    result = benchmark(
+        args.model,
+        args.image,
+        args.size,
+        dtype=args.dtype,
+        revision=args.revision,
+        image_options=options_from(args, ImageOptions),
+        rounds=args.rounds,
+        max_tokens=args.max_tokens,
+        rows=args.batch_size,
+        progress=_tell if sys.stderr.isatty() else None,
+    )
+    if file is not None:
+        try:
+            file.write_text(as_json(result) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{file} cannot be written: {error.strerror}") from None
+    sys.stdout.write((as_json(result) if args.json == "-" else as_table(result)) + "\n")
+    sys.stdout.flush()
+
+
+def _tell(stage: str) -> None:
+    sys.stderr.write(f"measuring {stage}\n")

@@ -1,0 +1,1 @@
+"""Checkpoints to other layouts and fewer bits, and what that lost."""

@@ -1,0 +1,153 @@
+"""From tokens to an answer: text, end, statistics."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..errors import PromptError
+from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
+from ..options import Sampling
+from ..prompts.processor import Lfm2VlProcessor, Prompt
+
+
+@dataclass(frozen=True)
+class GenerationResponse:
+    """One step of an answer; the fields of mlx-lm's, and more.
+
+    Attributes:
+        text: what became certain with this token; may be empty, never half a character.
+        token: the token's id.
+        logprobs: (vocab,) log-probabilities it was chosen from.
+        from_draft: always False, there is no draft model.
+        prompt_tokens: positions of the prompt, images included.
+        prompt_tps: prompt positions per second, vision included.
+        generation_tokens: tokens so far.
+        generation_tps: tokens per second since the first one.
+        peak_memory: GB so far in this process.
+        finish_reason: "stop", "length", or None while it goes on.
+        image_tokens: image tokens of each image.
+        vision_time: seconds in the vision tower, where it was measured.
+        time_to_first_token: seconds from prompt to first token.
+    """
+
+    text: str
+    token: int
+    logprobs: mx.array
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: str | None
+    image_tokens: tuple[int, ...]
+    vision_time: float | None
+    time_to_first_token: float
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How long an answer may be, how its tokens are chosen, and what ends it."""
+
+    max_tokens: int
+    sampling: Sampling
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise PromptError(f"max_tokens is {self.max_tokens}; it must be 1 or more")
+        if not all(self.stop):
+            raise PromptError("a stop text is empty; it would end every answer at once")
+
+
+class Answer:
+    """Turns tokens into text and knows when to end."""
+
+    def __init__(self, processor: Lfm2VlProcessor, options: AnswerOptions) -> None:
+        tokenizer = processor.tokenizer
+        ids = processor.generation_config.eos_token_ids
+        self.eos_token_ids = frozenset(ids if ids else (tokenizer.eos_token_id,))
+        self.detokenizer = tokenizer.detokenizer()
+        self.stop = options.stop
+        self.left = options.max_tokens
+        self.held = ""  # text that may be the beginning of a stop text
+
+    def add(self, token: int) -> tuple[str, str | None]:
+        """Takes a token; returns the text to show and the reason to end, if any."""
+        self.left -= 1
+        if token in self.eos_token_ids:
+            return self._finish("stop")
+        self.detokenizer.add_token(token)
+        self.held += self.detokenizer.last_segment
+        cut = min((place for s in self.stop if (place := self.held.find(s)) >= 0), default=-1)
+        if cut >= 0:
+            return self.held[:cut], "stop"
+        if self.left == 0:
+            return self._finish("length")
+        keep = max((_overlap(self.held, s) for s in self.stop), default=0)
+        text = self.held[: len(self.held) - keep]
+        self.held = self.held[len(text) :]
+        return text, None
+
+    def _finish(self, reason: str) -> tuple[str, str]:
+        self.detokenizer.finalize()
+        text = self.held + self.detokenizer.last_segment
+        cut = min((place for s in self.stop if (place := text.find(s)) >= 0), default=len(text))
+        return text[:cut], "stop" if cut < len(text) else reason
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many last characters of a text are the beginning of a stop text."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Clock:
+    """Measures one answer, from the moment it is made."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        self.prompt = prompt
+        self.vision_time: float | None = None
+        self.start = time.perf_counter()
+        self.first = 0.0
+        self.tokens = 0
+
+    def encode(self, model: Lfm2VlForConditionalGeneration, wait: bool) -> mx.array | None:
+        """Image tokens (image tokens, hidden), or None without images."""
+        if self.prompt.pixel_values is None:
+            return None
+        features = model.encode_images(self.prompt.pixel_values, self.prompt.spatial_shapes)
+        if wait:
+            mx.eval(features)
+            self.vision_time = time.perf_counter() - self.start
+        return features
+
+    def response(
+        self, text: str, token: int, logprobs: mx.array, finish_reason: str | None
+    ) -> GenerationResponse:
+        """The response for the next token."""
+        now = time.perf_counter()
+        self.tokens += 1
+        if self.tokens == 1:
+            self.first = now
+        waited = self.first - self.start
+        return GenerationResponse(
+            text=text,
+            token=token,
+            logprobs=logprobs,
+            from_draft=False,
+            prompt_tokens=len(self.prompt.token_ids),
+            prompt_tps=len(self.prompt.token_ids) / waited,
+            generation_tokens=self.tokens,
+            # the first token belongs to the prompt's time
+            generation_tps=(self.tokens - 1) / (now - self.first) if self.tokens > 1 else 0.0,
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=finish_reason,
+            image_tokens=tuple(span.image_tokens for span in self.prompt.image_spans),
+            vision_time=self.vision_time,
+            time_to_first_token=waited,
+        )

@@ -1,0 +1,388 @@
+"""How fast a model is on this machine, stage by stage: `python -m mlx_lfm2vl.benchmark`.
+
+Every stage runs once unmeasured and then several times; medians count. Work is waited for at the
+end of each stage, and all weights are in memory before anything but loading is measured.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..checkpoints.hub import resolve_model
+from ..checkpoints.loading import load
+from ..errors import ImageError, PromptError
+from ..generation.batch import BatchRequest, stream_batch
+from ..generation.generate import generate_step, read_prompt, wired_limit
+from ..models.cache import Cache, cache_nbytes, copy_cache
+from ..models.lfm2 import Lfm2ForCausalLM
+from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
+from ..options import ImageOptions, Sampling
+from ..prompts.image_processor import NO_OPTIONS
+from ..prompts.image_source import RawImage, load_image
+from ..prompts.processor import Lfm2VlProcessor
+from ..serving.session import Session
+from .machine import Machine, measure_bandwidth, repeat, seconds, this_machine
+
+Size = tuple[int, int]  # width and height in pixels
+QUESTIONS = ("What is in this image?", "What colours do you see?")
+GREEDY = Sampling()
+DEFAULT_SIZE: Size = (640, 480)
+MAX_SIDE = 16384  # pixels of a made picture
+DEFAULT_ROUNDS = 3
+DEFAULT_TOKENS = 64
+DEFAULT_ROWS = 8
+NO_TOKEN = -1  # as the only end of an answer: it never ends early
+
+
+@dataclass(frozen=True)
+class ImageCosts:
+    """What questions about one image cost; seconds are medians.
+
+    Attributes:
+        name: path, or size of a picture that was made for this.
+        views, image_tokens, prompt_tokens: how the model sees it.
+        preprocess_s: reading, decoding, resizing and cutting the image, and the prompt's tokens.
+        vision_s: vision tower and projector.
+        prefill_s: reading the prompt, image features given, until the first token is known.
+        first_question_s: image and question to first token, all stages.
+        second_question_s: another question about the same image to its first token.
+        decode_tps: tokens per second of an answer, after its first token.
+        bytes_per_token: weights and cache that each of these tokens reads.
+        bandwidth_share: part of the machine's measured bandwidth that this reaches.
+        peak_memory_bytes: most that MLX held at once, weights included.
+        rounds: each measured round of each of these times, in seconds; of decoding per token.
+    """
+
+    name: str
+    views: int
+    image_tokens: int
+    prompt_tokens: int
+    preprocess_s: float
+    vision_s: float
+    prefill_s: float
+    first_question_s: float
+    second_question_s: float
+    decode_tps: float
+    bytes_per_token: int
+    bandwidth_share: float
+    peak_memory_bytes: int
+    rounds: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """One model on one machine.
+
+    Attributes:
+        model: as it was named.
+        dtype: what it computes in.
+        weight_bytes: all weights in memory.
+        rounds: how many counted, after one that did not.
+        max_tokens: length of the answers.
+        load_s: from folder to all weights in memory, files already read once.
+        bandwidth: bytes per second of a matrix-vector product in `dtype`.
+        batch_rows: answers that decoded together.
+        batch_tps: tokens per second of all of them, prompts not counted.
+        images: one entry per image.
+    """
+
+    model: str
+    machine: Machine
+    dtype: str
+    weight_bytes: int
+    rounds: int
+    max_tokens: int
+    load_s: float
+    bandwidth: float
+    batch_rows: int
+    batch_tps: float
+    images: list[ImageCosts]
+
+
+def benchmark(
+    model: str | Path,
+    images: Sequence[RawImage] = (),
+    sizes: Sequence[Size] = (),
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    image_options: ImageOptions = NO_OPTIONS,
+    rounds: int = DEFAULT_ROUNDS,
+    max_tokens: int = DEFAULT_TOKENS,
+    rows: int = DEFAULT_ROWS,
+    progress: Callable[[str], None] | None = None,
+) -> BenchmarkResult:
+    """Measures a model on this machine.
+
+    Args:
+        model, dtype, revision: as `load` takes them.
+        images: what the questions are about; files and bytes are decoded anew in each round.
+        sizes: (width, height) of pictures to make for this; one of 640x480 where there are
+            neither images nor sizes.
+        image_options: changes of the checkpoint's image settings.
+        rounds: how many count, after one that does not.
+        max_tokens: length of each answer, 2 or more.
+        rows: answers that decode together in the measurement of batches.
+        progress: called with the name of what is measured next.
+
+    Raises:
+        PromptError: a number makes no sense.
+        ImageError: an image cannot be read.
+        ModelNotFoundError, ConfigError, WeightsError: as `load`.
+    """
+    _check(rounds=(rounds, 1), max_tokens=(max_tokens, 2), rows=(rows, 1))
+    sources = _sources(images, sizes)
+    tell = progress if progress is not None else _silence
+    tell("load")
+    network, processor, load_times = _load(resolve_model(model, revision), dtype, rounds)
+    compute_type = network.language_model.model.embedding_norm.weight.dtype
+    with wired_limit(network):
+        tell("memory bandwidth")
+        bandwidth = measure_bandwidth(compute_type, rounds)
+        costs = []
+        for name, source in sources:
+            bench = _ImageBench(network, processor, name, source, image_options, max_tokens)
+            costs.append(bench.run(rounds, bandwidth, tell))
+        tell(f"batch of {rows}")
+        batch = repeat(rounds, lambda: _batch_seconds(network, processor, rows, max_tokens))
+    return BenchmarkResult(
+        str(model),
+        this_machine(),
+        str(compute_type).removeprefix("mlx.core."),
+        _nbytes(network.parameters()),
+        rounds,
+        max_tokens,
+        statistics.median(load_times),
+        bandwidth,
+        rows,
+        rows * (max_tokens - 1) / statistics.median(batch),
+        costs,
+    )
+
+
+def decode_weight_bytes(model: Lfm2ForCausalLM) -> int:
+    """Weights that one decoded token reads: all but embeddings that are no vocabulary head."""
+    total = _nbytes(model.parameters())
+    if "lm_head" in model:
+        # of these a token reads a single row
+        total -= _nbytes(model.model.embed_tokens.parameters())
+    return total
+
+
+def made_picture(width: int, height: int) -> bytes:
+    """A JPEG with as much detail as a photo, always the same for a size.
+
+    Raises:
+        ImageError: a side is no number of pixels between 1 and 16384.
+    """
+    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
+        raise ImageError(
+            f"a picture of {width}x{height} pixels is not made; sides must be 1 to {MAX_SIDE}"
+        )
+    import numpy as np
+    from PIL import Image
+
+    grid = (-(-height // 8), -(-width // 8), 3)
+    spots = np.random.default_rng(0).integers(0, 256, grid, dtype=np.uint8)
+    picture = Image.fromarray(spots).resize((width, height), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+class _ImageBench:
+    """The stages of one image, each as a function that returns its seconds."""
+
+    def __init__(
+        self,
+        model: Lfm2VlForConditionalGeneration,
+        processor: Lfm2VlProcessor,
+        name: str,
+        source: RawImage,
+        image_options: ImageOptions,
+        tokens: int,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.name = name
+        self.source = source
+        self.image_options = image_options
+        self.tokens = tokens
+        self.prompt = processor(QUESTIONS[0], source, image_options=image_options)
+        self.cache: list[Cache] = []
+
+    def run(self, rounds: int, bandwidth: float, tell: Callable[[str], None]) -> ImageCosts:
+        """All stages in their order; `bandwidth` in bytes per second."""
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        times: dict[str, list[float]] = {}
+        for stage, measure in (
+            ("preprocess", self._preprocess),
+            ("vision", self._vision),
+            ("prefill", self._prefill()),
+            ("first_question", self._first_question),
+            ("second_question", self._second_question()),
+            ("decode", self._decode()),
+        ):
+            tell(f"{self.name}: {stage.replace('_', ' ')}")
+            times[stage] = repeat(rounds, measure)
+        medians = {f"{stage}_s": statistics.median(found) for stage, found in times.items()}
+        decode_tps = 1 / medians.pop("decode_s")
+        weights = decode_weight_bytes(self.model.language_model)
+        # without the room that a cache holds for later positions
+        bytes_per_token = weights + cache_nbytes(copy_cache(self.cache))
+        return ImageCosts(
+            name=self.name,
+            views=len(self.prompt.spatial_shapes),
+            image_tokens=sum(span.image_tokens for span in self.prompt.image_spans),
+            prompt_tokens=len(self.prompt.token_ids),
+            decode_tps=decode_tps,
+            bytes_per_token=bytes_per_token,
+            bandwidth_share=bytes_per_token * decode_tps / bandwidth,
+            peak_memory_bytes=mx.get_peak_memory(),
+            rounds=times,
+            **medians,
+        )
+
+    def _preprocess(self) -> float:
+        start = time.perf_counter()
+        self.processor(QUESTIONS[0], self.source, image_options=self.image_options)
+        return time.perf_counter() - start
+
+    def _features(self) -> mx.array:
+        assert self.prompt.pixel_values is not None
+        return self.model.encode_images(self.prompt.pixel_values, self.prompt.spatial_shapes)
+
+    def _vision(self) -> float:
+        return seconds(self._features)
+
+    def _prefill(self) -> Callable[[], float]:
+        features = self._features()
+        mx.eval(features)
+
+        def read() -> list[mx.array]:
+            cache = self.model.make_cache()
+            embeddings = self.model.embed(self.prompt.token_ids, features)[0]
+            logits = read_prompt(self.model.language_model, embeddings, cache)
+            return [mx.argmax(logits, axis=-1), *(a for entry in cache for a in entry.state)]
+
+        return lambda: seconds(read)
+
+    def _first_question(self) -> float:
+        start = time.perf_counter()
+        session = Session(self.model, self.processor, image_options=self.image_options)
+        session.see(self.source)
+        session.ask(QUESTIONS[0], max_tokens=1, sampling=GREEDY)
+        return time.perf_counter() - start
+
+    def _second_question(self) -> Callable[[], float]:
+        session = Session(self.model, self.processor, image_options=self.image_options)
+        session.see(self.source)
+        session.ask(QUESTIONS[0], max_tokens=1, sampling=GREEDY)
+
+        def ask() -> float:
+            start = time.perf_counter()
+            session.ask(QUESTIONS[1], max_tokens=1, sampling=GREEDY)
+            return time.perf_counter() - start
+
+        return ask
+
+    def _decode(self) -> Callable[[], float]:
+        embeddings = self.model.embed(self.prompt.token_ids, self._features())[0]
+        mx.eval(embeddings)
+
+        def decode() -> float:
+            """Seconds per token after the first one."""
+            self.cache = self.model.make_cache()
+            steps = generate_step(
+                self.prompt.token_ids,
+                self.model,
+                max_tokens=self.tokens,
+                prompt_cache=self.cache,
+                input_embeddings=embeddings,
+            )
+            next(steps)
+            start = time.perf_counter()
+            count = sum(1 for _ in steps)
+            return (time.perf_counter() - start) / count
+
+        return decode
+
+
+def _load(
+    folder: Path, dtype: str | None, rounds: int
+) -> tuple[Lfm2VlForConditionalGeneration, Lfm2VlProcessor, list[float]]:
+    """Model and processor, and the seconds of each counted round."""
+    times: list[float] = []
+    loaded = None
+    for _ in range(rounds + 1):
+        loaded = None  # there is never more than one in memory
+        mx.clear_cache()
+        start = time.perf_counter()
+        loaded = load(folder, dtype, lazy=False)
+        times.append(time.perf_counter() - start)
+    assert loaded is not None
+    return *loaded, times[1:]
+
+
+def _batch_seconds(
+    model: Lfm2VlForConditionalGeneration, processor: Lfm2VlProcessor, rows: int, tokens: int
+) -> float:
+    """Seconds in which so many answers decode together, after the first token of each."""
+    endless = Lfm2VlProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        replace(processor.generation_config, eos_token_ids=(NO_TOKEN,)),
+    )
+    start = 0.0
+
+    def requests() -> Iterator[BatchRequest]:
+        nonlocal start
+        for n in range(rows):
+            yield BatchRequest(QUESTIONS[n % 2], max_tokens=tokens, sampling=GREEDY)
+        # more is asked for when all prompts are on their way
+        mx.synchronize()
+        start = time.perf_counter()
+
+    # there is room for one more row, or the batch would not ask for it
+    for _ in stream_batch(model, endless, requests(), batch_size=rows + 1):
+        pass
+    return time.perf_counter() - start
+
+
+def _sources(images: Sequence[RawImage], sizes: Sequence[Size]) -> list[tuple[str, RawImage]]:
+    """Names and images; an ImageError before anything slow where one cannot be read."""
+    found: list[tuple[str, RawImage]] = []
+    for number, image in enumerate(images, 1):
+        picture = load_image(image)
+        if isinstance(image, (str, Path)) and Path(image).expanduser().is_file():
+            found.append((Path(image).name, image))
+        else:
+            # neither a network nor an array takes part in what is measured
+            found.append((f"image {number}", image if isinstance(image, bytes) else picture))
+    if not found and not sizes:
+        sizes = [DEFAULT_SIZE]
+    return found + [(f"{width}x{height}", made_picture(width, height)) for width, height in sizes]
+
+
+def _check(**values: tuple[int, int]) -> None:
+    for name, (value, least) in values.items():
+        if value < least:
+            raise PromptError(f"{name} is {value}; it must be {least} or more")
+
+
+def _nbytes(parameters: Any) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(parameters))
+
+
+def _silence(_: str) -> None:
+    pass

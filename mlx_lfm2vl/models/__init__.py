@@ -1,0 +1,1 @@
+"""The network: configuration, layers, caches, vision tower, projector, language model."""

@@ -1,0 +1,1 @@
+"""From messages and images to a prompt."""

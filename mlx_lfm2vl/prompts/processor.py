@@ -1,0 +1,260 @@
+"""Messages and images to one prompt: token ids, packed views, and where each image stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PromptError
+from ..options import GenerationConfig, ImageOptions
+from .image_processor import (
+    NO_OPTIONS,
+    ImageInput,
+    ImagePlan,
+    Lfm2VlImageProcessor,
+    ProcessedImage,
+    marks_of,
+)
+from .image_source import image_size
+from .messages import Message
+from .tokenizer import Lfm2Tokenizer
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    import numpy as np
+from .messages import Conversation, _image_list, _without_images
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """Where one image stands in a prompt.
+
+    Attributes:
+        start, stop: positions of all its tokens, the marks around it included.
+        image_tokens: how many of them are image tokens, one per row of `encode_images`.
+        views: how many entries of `spatial_shapes` are its.
+    """
+
+    start: int
+    stop: int
+    image_tokens: int
+    views: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model reads.
+
+    Attributes:
+        token_ids: the whole prompt; images stand in it as runs of image tokens.
+        pixel_values: (patches of all views, 3·16²) uint8, packed, not padded; None without images.
+        spatial_shapes: (rows, columns) in patches, one per view.
+        image_spans: one per image, in order.
+    """
+
+    token_ids: list[int]
+    pixel_values: np.ndarray[Any, Any] | None = None
+    spatial_shapes: tuple[tuple[int, int], ...] = ()
+    image_spans: tuple[ImageSpan, ...] = ()
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """A whole conversation as a model is trained on it; images are not yet read.
+
+    Attributes:
+        token_ids: images stand in it as runs of image tokens.
+        assistant_mask: True where the assistant wrote.
+        images: in order.
+        spatial_shapes: (rows, columns) in patches, one per view of all images.
+    """
+
+    token_ids: list[int]
+    assistant_mask: list[bool]
+    images: tuple[ImageInput, ...]
+    spatial_shapes: tuple[tuple[int, int], ...]
+
+
+class Lfm2VlProcessor:
+    """Joins image processor and tokenizer, as `transformers`' `Lfm2VlProcessor`.
+
+    Attributes:
+        image_processor, tokenizer: the parts.
+        generation_config: recommended sampling and the tokens that end an answer.
+    """
+
+    def __init__(
+        self,
+        image_processor: Lfm2VlImageProcessor,
+        tokenizer: Lfm2Tokenizer,
+        generation_config: GenerationConfig,
+    ) -> None:
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        self.generation_config = generation_config
+
+    def __call__(
+        self,
+        messages: Conversation,
+        images: ImageInput | Sequence[ImageInput] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        image_options: ImageOptions = NO_OPTIONS,
+        template_variables: Mapping[str, Any] | None = None,
+        now: datetime | None = None,
+    ) -> Prompt:
+        """Makes a prompt.
+
+        Args:
+            messages: a text, which becomes one user's message with the images before it; or a
+                conversation in the `transformers` form, whose image items are
+                `{"type": "image", "image": X}`, X a path, URL, data URL, bytes, Pillow image or
+                uint8 array. Items without an `image` take the next one of `images`.
+            images: one image or several.
+            tools: JSON schemas of functions the model may call.
+            add_generation_prompt: end with the opening of the assistant's turn.
+            continue_final_message: leave the last message open, to be continued.
+            image_options: changes of the checkpoint's image settings.
+            template_variables: more names for the chat template.
+            now: the time for templates that print the date.
+
+        Raises:
+            PromptError: empty or malformed messages, or more or fewer images than places.
+            ImageError: an image cannot be read.
+        """
+        conversation, pictures = self._gather(messages, images)
+        token_ids = self.tokenizer.apply_chat_template(
+            conversation,
+            tools,
+            add_generation_prompt,
+            continue_final_message,
+            template_variables,
+            now,
+        )
+        self._check_places(token_ids, pictures)
+        processed = [self.image_processor(picture, image_options) for picture in pictures]
+        return self._expand(token_ids, processed)
+
+    def transcribe(
+        self,
+        messages: Conversation,
+        images: ImageInput | Sequence[ImageInput] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        image_options: ImageOptions = NO_OPTIONS,
+    ) -> Transcript:
+        """A conversation to its last token, and which tokens the assistant wrote.
+
+        Of image files only the headers are read. Arguments and errors as in calling.
+        """
+        conversation, pictures = self._gather(messages, images)
+        ids, mask = self.tokenizer.apply_chat_template_with_mask(conversation, tools)
+        self._check_places(ids, pictures)
+        plans = [
+            picture
+            if isinstance(picture, ProcessedImage)
+            else self.image_processor.plan(*image_size(picture), image_options)
+            for picture in pictures
+        ]
+        token_ids: list[int] = []
+        assistant_mask: list[bool] = []
+        waiting = iter(plans)
+        for token, written in zip(ids, mask, strict=True):
+            is_image = token == self.tokenizer.image_token_id
+            expanded = self.image_token_ids(next(waiting)) if is_image else [token]
+            token_ids += expanded
+            assistant_mask += [written and not is_image] * len(expanded)
+        shapes = tuple(shape for plan in plans for shape in plan.spatial_shapes)
+        return Transcript(token_ids, assistant_mask, tuple(pictures), shapes)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Ids to text."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens)
+
+    def batch_decode(
+        self, sequences: Iterable[Sequence[int]], skip_special_tokens: bool = False
+    ) -> list[str]:
+        """`decode` for each sequence."""
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens)
+
+    def image_token_ids(self, image: ImagePlan) -> list[int]:
+        """The tokens of one image: marks, and a run of image tokens for each view.
+
+        Tiles come row by row, each after `<|img_row_R_col_C|>`; the thumbnail comes last.
+        """
+        tokenizer, layout = self.tokenizer, image.layout
+        if not image.use_image_special_tokens:
+            return [tokenizer.image_token_id] * sum(image.view_tokens)
+        marks: list[list[int]] = [[] for _ in image.view_tokens]
+        if marks_of(layout):
+            marks = [
+                [tokenizer.tile_token_id(row, col)]
+                for row in range(1, layout.rows + 1)
+                for col in range(1, layout.cols + 1)
+            ]
+            if layout.whole is not None:
+                marks.append([tokenizer.token_id(tokenizer.image_thumbnail_token)])
+        ids = [tokenizer.token_id(tokenizer.image_start_token)]
+        for mark, count in zip(marks, image.view_tokens, strict=True):
+            ids += [*mark, *[tokenizer.image_token_id] * count]
+        return [*ids, tokenizer.token_id(tokenizer.image_end_token)]
+
+    def _check_places(self, token_ids: list[int], pictures: list[ImageInput]) -> None:
+        places = token_ids.count(self.tokenizer.image_token_id)
+        if places != len(pictures):
+            raise PromptError(
+                f"the chat template shows {places} images of {len(pictures)}; images belong into "
+                "messages whose content it prints"
+            )
+
+    def _expand(self, token_ids: list[int], processed: list[ProcessedImage]) -> Prompt:
+        """Puts each image's tokens in the place of its single `<image>`."""
+        ids: list[int] = []
+        spans: list[ImageSpan] = []
+        waiting = iter(processed)
+        for token in token_ids:
+            if token != self.tokenizer.image_token_id:
+                ids.append(token)
+                continue
+            image = next(waiting)
+            start = len(ids)
+            ids += self.image_token_ids(image)
+            tokens, views = sum(image.view_tokens), len(image.spatial_shapes)
+            spans.append(ImageSpan(start, len(ids), tokens, views))
+        if not processed:
+            return Prompt(ids)
+        import numpy as np
+
+        pixel_values = np.concatenate([image.pixel_values for image in processed])
+        shapes = tuple(shape for image in processed for shape in image.spatial_shapes)
+        return Prompt(ids, pixel_values, shapes, tuple(spans))
+
+    def _gather(
+        self, messages: Conversation, images: ImageInput | Sequence[ImageInput] | None
+    ) -> tuple[list[Message], list[ImageInput]]:
+        """Takes the images out of the messages; templates see only that they are there."""
+        given = _image_list(images)
+        if isinstance(messages, str):
+            if not messages.strip():
+                raise PromptError("the prompt is empty; ask something")
+            items: list[Message] = [{"type": "image"} for _ in given]
+            text: Message = {"type": "text", "text": messages}
+            # plain content without images, as most templates and all text models know it
+            content = [*items, text] if given else messages
+            return [{"role": "user", "content": content}], given
+        if not messages:
+            raise PromptError("the conversation is empty; it needs one message or more")
+        later = iter(given)
+        found: list[ImageInput] = []
+        conversation = [_without_images(message, later, found) for message in messages]
+        unused = sum(1 for _ in later)
+        if unused:
+            raise PromptError(
+                f"{len(given)} images were given, but the messages have places for only "
+                f"{len(given) - unused}; add an item {{'type': 'image'}} for each"
+            )
+        return conversation, found

@@ -1,0 +1,1 @@
+"""What remembers between questions: prefixes, sessions, workers, folders."""

@@ -1,0 +1,327 @@
+"""Training data: JSON lines of conversations to batches that waste little on padding.
+
+One line is one sample, `{"messages": […], "images": […], "tools": […]}` with messages in the
+`transformers` form; image paths are relative to the file. `images` and `tools` may be absent.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+from ..errors import DataError, Lfm2VlError
+from ..options import ImageOptions
+from ..prompts.image_processor import NO_OPTIONS, ImageInput, Lfm2VlImageProcessor
+from ..prompts.processor import Lfm2VlProcessor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+# Names of the splits inside a dataset folder: mlx-lm's, then those of the Hugging Face Hub
+SPLIT_FILES = {
+    "train": ("train.jsonl", "data.jsonl", "metadata.jsonl"),
+    "validation": ("valid.jsonl", "validation.jsonl"),
+}
+PAD_MULTIPLE = 8  # rows of a batch end at a multiple, so that few shapes occur
+NEIGHBOURS = 32  # batches among which samples are sorted by length
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation, checked and tokenized; images are read when they are needed.
+
+    Attributes:
+        line: where it stands in the file, from 1.
+        token_ids, assistant_mask: (tokens,) int32 and bool.
+        images: paths, URLs or data URLs, in order.
+        patches: of all views, the measure of what the vision tower has to do.
+    """
+
+    line: int
+    token_ids: np.ndarray[Any, Any]
+    assistant_mask: np.ndarray[Any, Any]
+    images: tuple[ImageInput, ...]
+    patches: int
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The samples of a file, and what was left out of it: (line, reason)."""
+
+    path: Path
+    samples: tuple[Sample, ...]
+    skipped: tuple[tuple[int, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @cached_property
+    def digest(self) -> int:
+        """A fingerprint of the tokens of all samples."""
+        digest = 0
+        for sample in self.samples:
+            digest = crc32(sample.token_ids.tobytes(), digest)
+            digest = crc32(sample.assistant_mask.tobytes(), digest)
+        return digest
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples side by side, padded at the end, where a causal model cannot see it.
+
+    Attributes:
+        token_ids: (rows, length) int32.
+        positions: (targets,) int32, places in rows·length whose next token counts.
+        targets: (targets,) int32, those next tokens.
+        pixel_values: (patches of all views, 3·16²) uint8, or None.
+        spatial_shapes: (rows, columns) in patches, one per view.
+        tokens: how many are no padding.
+        skipped: (line, reason) of samples whose images could not be read.
+    """
+
+    token_ids: np.ndarray[Any, Any]
+    positions: np.ndarray[Any, Any]
+    targets: np.ndarray[Any, Any]
+    pixel_values: np.ndarray[Any, Any] | None
+    spatial_shapes: tuple[tuple[int, int], ...]
+    tokens: int
+    skipped: tuple[tuple[int, str], ...] = ()
+
+
+def find_split(data: str | Path, split: str) -> Path | None:
+    """The file of a split: `data` itself for training, or the file inside a dataset folder."""
+    path = Path(data).expanduser()
+    if path.is_dir():
+        names = SPLIT_FILES[split]
+        found = [path / name for name in names if (path / name).exists()]
+        if not found and split == "train":
+            raise DataError(f"{path} has none of {', '.join(names)}")
+        return found[0] if found else None
+    if not path.exists():
+        raise DataError(f"{path} does not exist; pass a file of JSON lines or its folder")
+    return path if split == "train" else None
+
+
+def read_dataset(
+    path: str | Path,
+    processor: Lfm2VlProcessor,
+    *,
+    max_length: int,
+    skip_bad: bool = False,
+    image_options: ImageOptions = NO_OPTIONS,
+    progress: Callable[[int], None] | None = None,
+) -> Dataset:
+    """Reads and checks every line; pixels stay on the disk.
+
+    Args:
+        max_length: most tokens of a sample, image tokens included.
+        skip_bad: leave bad lines out instead of refusing the file.
+        progress: called with the number of lines so far.
+
+    Raises:
+        DataError: the first bad line and its reason, or nothing usable at all.
+    """
+    path = Path(path).expanduser()
+    samples: list[Sample] = []
+    skipped: list[tuple[int, str]] = []
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            samples.append(read_sample(line, number, path.parent, processor, image_options))
+            if len(samples[-1]) > max_length:
+                raise DataError(f"{len(samples.pop())} tokens; --max-length is {max_length}")
+        except Lfm2VlError as error:
+            skipped.append((number, str(error)))
+        if progress is not None:
+            progress(number)
+    if skipped and not skip_bad:
+        number, reason = skipped[0]
+        more = f", and {len(skipped) - 1} more bad lines" if len(skipped) > 1 else ""
+        raise DataError(f"{path} line {number}: {reason}{more}; --skip-bad leaves them out")
+    if not samples:
+        raise DataError(f"{path} has no usable line")
+    return Dataset(path, tuple(samples), tuple(skipped))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file; only a line feed ends one, texts may hold other separators."""
+    try:
+        return path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def read_sample(
+    line: str, number: int, folder: Path, processor: Lfm2VlProcessor, image_options: ImageOptions
+) -> Sample:
+    """One line to a sample; a Lfm2VlError gives the reason where it cannot be used."""
+    import numpy as np
+
+    messages, tools = read_conversation(line, folder)
+    transcript = processor.transcribe(messages, tools=tools, image_options=image_options)
+    mask = np.array(transcript.assistant_mask, dtype=np.bool_)
+    if not mask[1:].any():
+        raise DataError("no assistant turn, so there is nothing to learn")
+    patches = sum(rows * cols for rows, cols in transcript.spatial_shapes)
+    ids = np.array(transcript.token_ids, dtype=np.int32)
+    return Sample(number, ids, mask, transcript.images, patches)
+
+
+def read_conversation(line: str, folder: Path) -> tuple[list[Any], Any]:
+    """Messages, their image paths seen from the data file, and tools of a line."""
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"no JSON: {error}") from None
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("messages"), list):
+        raise DataError('a sample is an object with "messages", a list')
+    images = entry.get("images") or []
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise DataError('"images" must be a list of paths')
+    tools = entry.get("tools")
+    if tools and not (isinstance(tools, list) and all(isinstance(t, Mapping) for t in tools)):
+        raise DataError('"tools" must be a list of JSON schemas')
+    waiting = iter(images)
+    messages = [_with_paths(message, folder, waiting) for message in entry["messages"]]
+    unused = sum(1 for _ in waiting)
+    if unused:
+        raise DataError(f'"images" has {unused} more than the messages have places')
+    return messages, tools
+
+
+def _with_paths(message: Any, folder: Path, waiting: Iterator[str]) -> Any:
+    """The message with its image paths seen from the data file."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
+        return message
+    items = []
+    for item in message["content"]:
+        if isinstance(item, Mapping) and item.get("type") in ("image", "image_url"):
+            names = ("image", "url", "path", "image_url")
+            image = next((item[name] for name in names if item.get(name) is not None), None)
+            if isinstance(image, Mapping):  # {"image_url": {"url": …}}
+                image = image.get("url")
+            image = image if image is not None else next(waiting, None)
+            if image is None:
+                raise DataError("the messages have more image places than images")
+            item = {"type": "image", "image": _located(str(image), folder)}
+        items.append(item)
+    return {**message, "content": items}
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """The text of a message, whatever the form of its content."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    items = content if isinstance(content, list) else []
+    return "".join(item.get("text", "") for item in items if isinstance(item, Mapping))
+
+
+def _located(image: str, folder: Path) -> str:
+    if image.startswith(("http://", "https://", "data:")):
+        return image
+    return str(folder / Path(image).expanduser())
+
+
+def batch_order(
+    samples: Sequence[Sample], batch_size: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """Which samples come together in an epoch, in random order, of about one length each.
+
+    Follows from the arguments alone, so that a resumed run goes on with the same batches. What
+    does not fill a batch waits for another epoch, unless it is all there is.
+    """
+    rng = random.Random(f"{seed} {epoch}")
+    order = list(range(len(samples)))
+    rng.shuffle(order)
+    # chance decides what waits, not length
+    order = order[: len(order) // batch_size * batch_size] or order
+    batches = []
+    for start in range(0, len(order), batch_size * NEIGHBOURS):
+        # sorted among neighbours only: what comes together stays a matter of chance
+        near = sorted(order[start : start + batch_size * NEIGHBOURS], key=lambda i: len(samples[i]))
+        batches += [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def collate(
+    samples: Sequence[Sample],
+    image_processor: Lfm2VlImageProcessor,
+    image_options: ImageOptions = NO_OPTIONS,
+    skip_bad: bool = False,
+) -> Batch:
+    """Reads the images of samples and lays the samples side by side.
+
+    Where no sample is left, the batch is a row of padding that adds nothing to a step.
+
+    Raises:
+        DataError: an image cannot be read, with the line of its sample, and none may be skipped.
+    """
+    import numpy as np
+
+    pictures, skipped = [], []
+    for sample in samples:
+        try:
+            images = [image_processor(image, image_options) for image in sample.images]
+            pictures.append((sample, images))
+        except Lfm2VlError as error:
+            skipped.append((sample.line, str(error)))
+    if skipped and not skip_bad:
+        raise DataError(f"line {skipped[0][0]}: {skipped[0][1]}")
+    # rows with views of one shape beside each other: the vision tower takes them together
+    pictures.sort(key=lambda pair: [image.spatial_shapes for image in pair[1]])
+    length = max((len(sample) for sample, _ in pictures), default=1)
+    length = -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+    token_ids = np.zeros((max(1, len(pictures)), length), dtype=np.int32)
+    positions = [np.zeros(0, np.int64)]
+    targets = [np.zeros(0, np.int32)]
+    pixels = []
+    shapes: list[tuple[int, int]] = []
+    for row, (sample, images) in enumerate(pictures):
+        token_ids[row, : len(sample)] = sample.token_ids
+        counted = np.flatnonzero(sample.assistant_mask[1:])
+        positions.append(counted + row * length)
+        targets.append(sample.token_ids[counted + 1])
+        for image in images:
+            pixels.append(image.pixel_values)
+            shapes += image.spatial_shapes
+    return Batch(
+        token_ids,
+        np.concatenate(positions).astype(np.int32),
+        np.concatenate(targets),
+        np.concatenate(pixels) if pixels else None,
+        tuple(shapes),
+        sum(len(sample) for sample, _ in pictures),
+        tuple(skipped),
+    )
+
+
+def prefetch(jobs: Iterator[Callable[[], Batch]], depth: int = 2) -> Iterator[Batch]:
+    """Runs jobs in a thread, a few ahead of the one whose result is wanted, in order."""
+    from collections import deque
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="lfm2vl-data") as pool:
+        waiting: deque[Future[Batch]] = deque()
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(job))
+                if len(waiting) > depth:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -146,7 +146,7 @@ def test_more_and_fewer_images_than_places(loaded):
     image = Image.new("RGB", (40, 40))
     two = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
     messages = [{"role": "user", "content": two}]
-    assert len(processor(messages, [image, image]).image_spans) == 2
+    assert len(processor(messages, [image, image]).images) == 2
     with pytest.raises(PromptError, match="more image places than images"):
         processor(messages, [image])
     with pytest.raises(PromptError, match=r"3 images were given, .* only 2"):

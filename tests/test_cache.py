@@ -41,10 +41,7 @@ def prompt(request, loaded):
     model, processor = loaded()
     images = [picture(60, 40)] if request.param == "image" else None
     made = processor("Count!", images)
-    features = None
-    if images:
-        features = model.encode_images(made.pixel_values, made.spatial_shapes)
-    return model, made.token_ids, model.embed(made.token_ids, features)[0]
+    return model, made.token_ids, model.embed_prompt(made)
 
 
 @pytest.mark.parametrize("room", [0, 9])

@@ -59,7 +59,7 @@ def test_json_is_one_object(run, photo, loaded):
     assert answer["text"] == generate(*loaded(), prompt, temperature=0, max_tokens=9)
     assert loaded()[1].decode(answer["tokens"], True) == answer["text"]
     assert answer["prompt_tokens"] == len(prompt.token_ids)
-    assert answer["image_tokens"] == [span.image_tokens for span in prompt.image_spans]
+    assert answer["image_tokens"] == [image.image_tokens for image in prompt.images]
     assert answer["image_views"] == [len(prompt.spatial_shapes)]
     assert answer["finish_reason"] == "length"
     assert answer["sampling"]["temperature"] == 0

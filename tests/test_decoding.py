@@ -153,7 +153,7 @@ def test_a_second_question_costs_its_own_text(loaded, work):
     session.ask("Where?", sampling=Sampling(), max_tokens=2)
     prompt = processor("Where?", picture(200, 130))
     assert work.views == []
-    assert work.passes == [len(prompt.token_ids) - prompt.image_spans[-1].stop, 1]
+    assert work.passes == [len(prompt.token_ids) - prompt.images[-1].stop, 1]
 
 
 @pytest.fixture

@@ -155,14 +155,13 @@ def test_ways_of_asking_agree(demo, examples):
 def in_chunks(model, processor, question, size=7):
     """The greedy answer where the prompt goes through the model a few positions at once."""
     prompt = processor(question)
-    features = model.encode_images(prompt.pixel_values, prompt.spatial_shapes)
     tokens = []
     for token, _ in generate_step(
         prompt.token_ids,
         model,
         max_tokens=100,
         prefill_step_size=size,
-        input_embeddings=model.embed(prompt.token_ids, features)[0],
+        input_embeddings=model.embed_prompt(prompt),
     ):
         if token == processor.tokenizer.eos_token_id:
             break

@@ -264,7 +264,7 @@ def test_answers_are_those_of_generate(run, few, tmp_path, loaded):
         assert entry["text"] == generate(*loaded(), "What?", path, max_tokens=9, seed=7)
         assert entry["digest"] == hashlib.sha256(path.read_bytes()).hexdigest()
         assert entry["prompt_tokens"] == len(prompt.token_ids)
-        assert entry["image_tokens"] == prompt.image_spans[0].image_tokens
+        assert entry["image_tokens"] == prompt.images[0].image_tokens
         assert 1 <= entry["generation_tokens"] <= 9
         assert entry["finish_reason"] in ("stop", "length")
 

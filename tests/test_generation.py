@@ -33,10 +33,7 @@ def case(request, loaded):
     prompt = processor(
         "Count from one to ten, slowly.", images=[picture(seed=i) for i in range(count)]
     )
-    features = None
-    if count:
-        features = model.encode_images(prompt.pixel_values, prompt.spatial_shapes)
-    return model, prompt.token_ids, model.embed(prompt.token_ids, features)[0]
+    return model, prompt.token_ids, model.embed_prompt(prompt)
 
 
 def test_incremental_equals_whole(case):

@@ -126,7 +126,7 @@ def test_spellings_of_image_items(tmp_path, loaded):
     for prompt in prompts:
         assert prompt.token_ids == prompts[0].token_ids
         assert np.array_equal(prompt.pixel_values, prompts[0].pixel_values)
-        assert len(prompt.image_spans) == 1
+        assert len(prompt.images) == 1
 
 
 @pytest.mark.parametrize(

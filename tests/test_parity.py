@@ -76,7 +76,7 @@ def test_prompt(name, case, loaded):
     assert difference.max() <= (2 if bicubic else 1)
     assert (difference > 1).mean() < 1e-3
     image_id = loaded(name)[0].config.image_token_id
-    for span in prompt.image_spans:
+    for span in prompt.images:
         assert prompt.token_ids[span.start : span.stop].count(image_id) == span.image_tokens
 
 

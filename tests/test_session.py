@@ -58,10 +58,10 @@ def test_a_second_question_reads_only_its_text(loaded, work):
     answer = ask(session, "Where is the cat?", tokens=6)
     assert sum(work.views) == 0
     prompt = loaded()[1]([turn("Where is the cat?", RED)])
-    new = len(prompt.token_ids) - prompt.image_spans[-1].stop
+    new = len(prompt.token_ids) - prompt.images[-1].stop
     assert work.positions == new + 5, "five tokens of the answer are read, the sixth is not"
     assert session.usage.processed_tokens == new
-    assert session.usage.reused_tokens == prompt.image_spans[-1].stop
+    assert session.usage.reused_tokens == prompt.images[-1].stop
     assert session.usage.encoded_images == 0
     assert session.usage.generation_tokens == 6
     work.clear()
@@ -73,7 +73,7 @@ def test_seeing_costs_what_it_says(loaded, work):
     session = Session(*loaded(), system="Be brief.")
     session.see(picture(200, 130))
     prompt = loaded()[1]([{"role": "system", "content": "Be brief."}, turn("?", picture(200, 130))])
-    assert session.usage.prompt_tokens == prompt.image_spans[0].stop == work.positions
+    assert session.usage.prompt_tokens == prompt.images[0].stop == work.positions
     assert session.usage.encoded_images == 1
     assert sum(work.views) == len(prompt.spatial_shapes)
 
@@ -100,7 +100,7 @@ def test_turns_equal_a_run_from_scratch(loaded, work):
         assert positions == session.usage.processed_tokens + 5
         if n:
             # at the least, everything up to the last image is there
-            assert session.usage.reused_tokens >= loaded()[1](history).image_spans[-1].stop
+            assert session.usage.reused_tokens >= loaded()[1](history).images[-1].stop
         history.append(said(answer))
     assert len(session.messages) == 7
 

@@ -207,7 +207,7 @@ def _print_json(
         "finish_reason": response.finish_reason,
         "prompt_tokens": response.prompt_tokens,
         "image_tokens": list(response.image_tokens),
-        "image_views": [span.views for span in prompt.image_spans],
+        "image_views": [image.views for image in prompt.images],
         "generation_tokens": response.generation_tokens,
         "sampling": asdict(processor.generation_config.sampling.override(**stated)),
         "timings": {

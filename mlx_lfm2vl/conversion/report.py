@@ -141,15 +141,14 @@ def _run(model_path: str | Path, texts: list[str], images: list[Any]) -> _Output
     outputs = _Outputs([], [], [])
     prompts = [processor(QUESTION, image) for image in images]
     for prompt in prompts:
-        features = model.encode_images(cast(Any, prompt.pixel_values), prompt.spatial_shapes)
-        mx.eval(features)
-        outputs.features.append(features)
+        features: dict[str, mx.array] = {}
         outputs.logprobs.append(_logprobs(model, prompt, features))
         outputs.answers.append(_answer(model, prompt, features))
+        outputs.features += features.values()
     for text in texts:
         ids = processor.tokenizer.encode(text, add_special_tokens=True)
-        outputs.logprobs.append(_logprobs(model, Prompt(ids), None))
-        outputs.answers.append(_answer(model, _question(processor, text), None))
+        outputs.logprobs.append(_logprobs(model, Prompt(ids), {}))
+        outputs.answers.append(_answer(model, _question(processor, text), {}))
     return outputs
 
 
@@ -158,13 +157,13 @@ def _question(processor: Lfm2VlProcessor, text: str) -> Prompt:
 
 
 def _logprobs(
-    model: Lfm2VlForConditionalGeneration, prompt: Prompt, features: mx.array | None
+    model: Lfm2VlForConditionalGeneration, prompt: Prompt, features: dict[str, mx.array]
 ) -> mx.array:
-    ids = mx.array([prompt.token_ids])
-    embeddings = model.embed(prompt.token_ids, features)
-    logits = model(inputs_embeds=embeddings).logits[0]
+    embeddings = model.embed_prompt(prompt, features=features)
+    logits = model(inputs_embeds=embeddings[None]).logits[0]
     # images are seen, not predicted
-    text = [i for i in range(ids.shape[1]) if prompt.token_ids[i] != model.config.image_token_id]
+    image_id = model.config.image_token_id
+    text = [i for i, token in enumerate(prompt.token_ids) if token != image_id]
     logits = logits[mx.array(text)].astype(mx.float32)
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     mx.eval(logprobs)
@@ -172,9 +171,9 @@ def _logprobs(
 
 
 def _answer(
-    model: Lfm2VlForConditionalGeneration, prompt: Prompt, features: mx.array | None
+    model: Lfm2VlForConditionalGeneration, prompt: Prompt, features: dict[str, mx.array]
 ) -> list[int]:
-    embeddings = model.embed(prompt.token_ids, features)[0]
+    embeddings = model.embed_prompt(prompt, features=features)
     steps = generate_step(
         prompt.token_ids, model, max_tokens=GREEDY_TOKENS, input_embeddings=embeddings
     )

@@ -116,15 +116,18 @@ class Clock:
         self.first = 0.0
         self.tokens = 0
 
-    def encode(self, model: Lfm2VlForConditionalGeneration, wait: bool) -> mx.array | None:
-        """Image tokens (image tokens, hidden), or None without images."""
-        if self.prompt.pixel_values is None:
-            return None
-        features = model.encode_images(self.prompt.pixel_values, self.prompt.spatial_shapes)
-        if wait:
+    def embed(
+        self, model: Lfm2VlForConditionalGeneration, image_features: mx.array | None, wait: bool
+    ) -> mx.array:
+        """(tokens, hidden) of the prompt; waits for the vision tower if its time is asked for."""
+        features: dict[str, mx.array] | None = {} if wait else None
+        embeddings = model.embed_prompt(
+            self.prompt, features=features, image_features=image_features
+        )
+        if features:
             mx.eval(features)
             self.vision_time = time.perf_counter() - self.start
-        return features
+        return embeddings
 
     def response(
         self, text: str, token: int, logprobs: mx.array, finish_reason: str | None
@@ -147,7 +150,7 @@ class Clock:
             generation_tps=(self.tokens - 1) / (now - self.first) if self.tokens > 1 else 0.0,
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=finish_reason,
-            image_tokens=tuple(span.image_tokens for span in self.prompt.image_spans),
+            image_tokens=tuple(image.image_tokens for image in self.prompt.images),
             vision_time=self.vision_time,
             time_to_first_token=waited,
         )

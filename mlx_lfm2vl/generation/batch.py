@@ -152,10 +152,7 @@ class _Row:
 
     def _read(self, model: Lfm2VlForConditionalGeneration) -> mx.array:
         """Reads the prompt; the first token (1,)."""
-        features = None
-        if self.prompt.pixel_values is not None:
-            features = model.encode_images(self.prompt.pixel_values, self.prompt.spatial_shapes)
-        embeddings = model.embed(self.prompt.token_ids, features)[0]
+        embeddings = model.embed_prompt(self.prompt)
         y = self.choose(read_prompt(model.language_model, embeddings, self.cache))
         mx.async_eval(y)
         return y
@@ -186,7 +183,7 @@ class _Row:
             self.tokens,
             finish_reason,
             len(self.prompt.token_ids),
-            tuple(span.image_tokens for span in self.prompt.image_spans),
+            tuple(image.image_tokens for image in self.prompt.images),
         )
 
 

@@ -208,10 +208,8 @@ def stream_generate(
     options = AnswerOptions(max_tokens, sampling, seed, _texts(stop))
     clock = Clock(prompt)
     with wired_limit(model):
-        if image_features is None:
-            image_features = clock.encode(model, measure_vision)
+        embeddings = clock.embed(model, image_features, measure_vision)
         cache = model.make_cache(cache_options, len(prompt.token_ids))
-        embeddings = model.embed(prompt.token_ids, image_features)[0]
         yield from stream_answer(
             model, processor, prompt, options, cache, embeddings, clock, cache_options
         )

@@ -243,7 +243,7 @@ class _ImageBench:
         return ImageCosts(
             name=self.name,
             views=len(self.prompt.spatial_shapes),
-            image_tokens=sum(span.image_tokens for span in self.prompt.image_spans),
+            image_tokens=sum(image.image_tokens for image in self.prompt.images),
             prompt_tokens=len(self.prompt.token_ids),
             decode_tps=decode_tps,
             bytes_per_token=bytes_per_token,
@@ -258,9 +258,10 @@ class _ImageBench:
         self.processor(QUESTIONS[0], self.source, image_options=self.image_options)
         return time.perf_counter() - start
 
-    def _features(self) -> mx.array:
-        assert self.prompt.pixel_values is not None
-        return self.model.encode_images(self.prompt.pixel_values, self.prompt.spatial_shapes)
+    def _features(self) -> dict[str, mx.array]:
+        features: dict[str, mx.array] = {}
+        self.model.embed_prompt(self.prompt, features=features)
+        return features
 
     def _vision(self) -> float:
         return seconds(self._features)
@@ -271,7 +272,7 @@ class _ImageBench:
 
         def read() -> list[mx.array]:
             cache = self.model.make_cache()
-            embeddings = self.model.embed(self.prompt.token_ids, features)[0]
+            embeddings = self.model.embed_prompt(self.prompt, features=features)
             logits = read_prompt(self.model.language_model, embeddings, cache)
             return [mx.argmax(logits, axis=-1), *(a for entry in cache for a in entry.state)]
 
@@ -297,7 +298,7 @@ class _ImageBench:
         return ask
 
     def _decode(self) -> Callable[[], float]:
-        embeddings = self.model.embed(self.prompt.token_ids, self._features())[0]
+        embeddings = self.model.embed_prompt(self.prompt)
         mx.eval(embeddings)
 
         def decode() -> float:

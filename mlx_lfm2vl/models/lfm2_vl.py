@@ -5,7 +5,7 @@ After `transformers`' `Lfm2VlForConditionalGeneration`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from ..errors import PromptError
 from ..options import CacheOptions, ImageProcessorConfig
+from ..prompts.processor import Prompt, PromptImage, pack_pixels
 from .cache import Cache
 from .config import Lfm2VlConfig
 from .lfm2 import Lfm2ForCausalLM
@@ -174,30 +175,109 @@ class Lfm2VlForConditionalGeneration(nn.Module):
 
         Args:
             input_ids: (batch, tokens), or a list of ids for a batch of one. A list costs no read
-                from the device.
+                from the device, and its ids are checked.
             image_features: (image tokens, text hidden).
 
         Returns:
             (batch, tokens, text hidden)
+
+        Raises:
+            PromptError: an id that the vocabulary does not have, or a number of image features
+                other than that of image tokens.
         """
-        ids = input_ids if isinstance(input_ids, mx.array) else mx.array(list(input_ids))[None]
+        if isinstance(input_ids, mx.array):
+            ids = input_ids
+        else:
+            input_ids = list(input_ids)
+            self._check_ids(input_ids)
+            ids = mx.array(input_ids, mx.int32)[None]
         embeddings = self.language_model.embed(ids)
         if image_features is None:
             return embeddings
-        tokens = cast("list[int]", ids.flatten().tolist()) if input_ids is ids else input_ids
-        places = [i for i, token in enumerate(tokens) if token == self.config.image_token_id]
-        if len(places) != image_features.shape[0]:
-            raise PromptError(
-                f"{len(places)} image tokens stand in the prompt, but {image_features.shape[0]} "
-                "image features were given"
-            )
+        tokens = input_ids
+        if isinstance(tokens, mx.array):
+            tokens = cast("list[int]", tokens.flatten().tolist())
+        self._check_features(tokens, image_features)
         # row i of the result is row rows[i] of the table: embeddings first, then features
-        rows = list(range(len(tokens)))
-        for feature, place in enumerate(places):
-            rows[place] = len(tokens) + feature
+        rows, feature = list(range(len(tokens))), len(tokens)
+        for place, token in enumerate(tokens):
+            if token == self.config.image_token_id:
+                rows[place], feature = feature, feature + 1
         flat = embeddings.reshape(len(tokens), -1)
         table = mx.concatenate([flat, image_features.astype(flat.dtype)])
         return table[mx.array(rows)].reshape(embeddings.shape)
+
+    def embed_prompt(
+        self,
+        prompt: Prompt,
+        start: int = 0,
+        stop: int | None = None,
+        features: MutableMapping[str, mx.array] | None = None,
+        image_features: mx.array | None = None,
+    ) -> mx.array:
+        """Embeddings of a part of a prompt, its images encoded and put in their places.
+
+        Args:
+            start, stop: the part, by default all; it may not cut through an image.
+            features: image digest -> (image tokens, text hidden). Images found in it are not
+                encoded again; those that are encoded now are added.
+            image_features: (image tokens of the whole prompt, text hidden), what `encode_images`
+                gave for all its images; then nothing is encoded.
+
+        Returns:
+            (stop - start, text hidden), lazily.
+
+        Raises:
+            PromptError: no such part, an id that the vocabulary does not have, or a number of
+                image features other than that of image tokens.
+        """
+        stop = len(prompt.token_ids) if stop is None else stop
+        inside = _images_inside(prompt, start, stop)
+        token_ids = prompt.token_ids[start:stop]
+        self._check_ids(token_ids)
+        if image_features is not None:
+            self._check_features(prompt.token_ids, image_features)
+            before = prompt.token_ids[:start].count(self.config.image_token_id)
+            count = token_ids.count(self.config.image_token_id)
+            image_features = image_features[before : before + count]
+        elif inside:
+            image_features = self._encode_prompt_images(inside, features)
+        return self.embed(token_ids, image_features)[0]
+
+    def _encode_prompt_images(
+        self, images: Sequence[PromptImage], known: MutableMapping[str, mx.array] | None
+    ) -> mx.array:
+        """(image tokens of all the images, text hidden); what is not known, in one call."""
+        if known is None:
+            shapes = [shape for placed in images for shape in placed.image.spatial_shapes]
+            return self.encode_images(pack_pixels(images), shapes)
+        found = {p.digest: known[p.digest] for p in images if p.digest in known}
+        missing = list({p.digest: p for p in images if p.digest not in found}.values())
+        if missing:
+            encoded, start = self._encode_prompt_images(missing, None), 0
+            for placed in missing:
+                stop = start + placed.image_tokens
+                # gathered, not sliced: a slice would keep the features of all of them alive
+                rows = encoded if len(missing) == 1 else encoded[mx.arange(start, stop)]
+                found[placed.digest] = known[placed.digest] = rows
+                start = stop
+        return mx.concatenate([found[placed.digest] for placed in images])
+
+    def _check_ids(self, token_ids: Sequence[int]) -> None:
+        size = self.config.text_config.vocab_size
+        if len(token_ids) > 0 and not 0 <= min(token_ids) <= max(token_ids) < size:
+            wrong = next(token for token in token_ids if not 0 <= token < size)
+            raise PromptError(
+                f"token id {wrong} is not in the vocabulary of {size} tokens, 0 to {size - 1}"
+            )
+
+    def _check_features(self, token_ids: Sequence[int], image_features: mx.array) -> None:
+        places = token_ids.count(self.config.image_token_id)
+        if places != image_features.shape[0]:
+            raise PromptError(
+                f"{places} image tokens stand in the prompt, but {image_features.shape[0]} "
+                "image features were given"
+            )
 
     def make_cache(
         self, options: CacheOptions | None = None, prompt_length: int = 0
@@ -213,6 +293,21 @@ class Lfm2VlForConditionalGeneration(nn.Module):
     @property
     def layers(self) -> list[Any]:
         return self.language_model.layers
+
+
+def _images_inside(prompt: Prompt, start: int, stop: int) -> list[PromptImage]:
+    """The images in a part of a prompt."""
+    length = len(prompt.token_ids)
+    if not 0 <= start <= stop <= length:
+        raise PromptError(f"positions {start} to {stop} are no part of a prompt of {length} tokens")
+    touched = [p for p in prompt.images if p.start < stop and start < p.stop]
+    for placed in touched:
+        if placed.start < start or stop < placed.stop:
+            raise PromptError(
+                f"positions {start} to {stop} cut through the image at {placed.start} to "
+                f"{placed.stop}; a part of a prompt holds an image as a whole or not at all"
+            )
+    return touched
 
 
 def causal_lm_loss(logits: mx.array, labels: mx.array) -> mx.array:

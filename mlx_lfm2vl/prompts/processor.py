@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError
@@ -28,19 +29,32 @@ from .messages import Conversation, _image_list, _without_images
 
 
 @dataclass(frozen=True)
-class ImageSpan:
-    """Where one image stands in a prompt.
+class PromptImage:
+    """An image, and where it stands in a prompt.
 
     Attributes:
+        image: its pixels and views.
         start, stop: positions of all its tokens, the marks around it included.
-        image_tokens: how many of them are image tokens, one per row of `encode_images`.
-        views: how many entries of `spatial_shapes` are its.
     """
 
+    image: ProcessedImage
     start: int
     stop: int
-    image_tokens: int
-    views: int
+
+    @property
+    def image_tokens(self) -> int:
+        """How many of the positions are image tokens, one per row of `encode_images`."""
+        return sum(self.image.view_tokens)
+
+    @property
+    def views(self) -> int:
+        """How many pictures the vision encoder sees of it."""
+        return len(self.image.spatial_shapes)
+
+    @property
+    def digest(self) -> str:
+        """A fingerprint of everything that the model sees of it."""
+        return self.image.digest
 
 
 @dataclass(frozen=True)
@@ -49,15 +63,38 @@ class Prompt:
 
     Attributes:
         token_ids: the whole prompt; images stand in it as runs of image tokens.
-        pixel_values: (patches of all views, 3·16²) uint8, packed, not padded; None without images.
-        spatial_shapes: (rows, columns) in patches, one per view.
-        image_spans: one per image, in order.
+        images: in order.
+        first_turn: positions up to where the first answer begins: the system message, the first
+            user message and the opening of the assistant's turn. None means all.
     """
 
     token_ids: list[int]
-    pixel_values: np.ndarray[Any, Any] | None = None
-    spatial_shapes: tuple[tuple[int, int], ...] = ()
-    image_spans: tuple[ImageSpan, ...] = ()
+    images: tuple[PromptImage, ...] = ()
+    first_turn: int | None = None
+
+    @property
+    def first_turn_length(self) -> int:
+        """`first_turn`, or the whole length if nobody knows better."""
+        return len(self.token_ids) if self.first_turn is None else self.first_turn
+
+    @cached_property
+    def pixel_values(self) -> np.ndarray[Any, Any] | None:
+        """(patches of all views, 3·16²) uint8, packed, not padded; None without images."""
+        return pack_pixels(self.images) if self.images else None
+
+    @property
+    def spatial_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) in patches, one per view."""
+        return tuple(shape for placed in self.images for shape in placed.image.spatial_shapes)
+
+
+def pack_pixels(images: Sequence[PromptImage]) -> np.ndarray[Any, Any]:
+    """(patches of all views, 3·16²) uint8 of one image or several; of one, without a copy."""
+    if len(images) == 1:
+        return images[0].image.pixel_values
+    import numpy as np
+
+    return np.concatenate([placed.image.pixel_values for placed in images])
 
 
 @dataclass(frozen=True)
@@ -126,7 +163,10 @@ class Lfm2VlProcessor:
             PromptError: empty or malformed messages, or more or fewer images than places.
             ImageError: an image cannot be read.
         """
+        from datetime import datetime
+
         conversation, pictures = self._gather(messages, images)
+        now = now if now is not None else datetime.now()  # one moment for all that is rendered
         token_ids = self.tokenizer.apply_chat_template(
             conversation,
             tools,
@@ -136,8 +176,9 @@ class Lfm2VlProcessor:
             now,
         )
         self._check_places(token_ids, pictures)
+        first_turn = self._first_turn(token_ids, conversation, tools, template_variables, now)
         processed = [self.image_processor(picture, image_options) for picture in pictures]
-        return self._expand(token_ids, processed)
+        return self._expand(token_ids, first_turn, processed)
 
     def transcribe(
         self,
@@ -211,27 +252,45 @@ class Lfm2VlProcessor:
                 "messages whose content it prints"
             )
 
-    def _expand(self, token_ids: list[int], processed: list[ProcessedImage]) -> Prompt:
+    def _first_turn(
+        self,
+        token_ids: list[int],
+        conversation: list[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        template_variables: Mapping[str, Any] | None,
+        now: datetime,
+    ) -> int:
+        """How many of the rendered ids, images not yet expanded, stand before the first answer."""
+        roles = [message["role"] for message in conversation]
+        if "assistant" not in roles:
+            return len(token_ids)
+        question = conversation[: roles.index("assistant")]
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                question, tools, variables=template_variables, now=now
+            )
+        except PromptError:  # the template wants more than this beginning
+            return len(token_ids)
+        return len(ids) if token_ids[: len(ids)] == ids else len(token_ids)
+
+    def _expand(
+        self, token_ids: list[int], first_turn: int, processed: list[ProcessedImage]
+    ) -> Prompt:
         """Puts each image's tokens in the place of its single `<image>`."""
         ids: list[int] = []
-        spans: list[ImageSpan] = []
+        images: list[PromptImage] = []
         waiting = iter(processed)
-        for token in token_ids:
+        grown = 0  # positions that the images before the first answer add
+        for place, token in enumerate(token_ids):
             if token != self.tokenizer.image_token_id:
                 ids.append(token)
                 continue
-            image = next(waiting)
-            start = len(ids)
+            image, start = next(waiting), len(ids)
             ids += self.image_token_ids(image)
-            tokens, views = sum(image.view_tokens), len(image.spatial_shapes)
-            spans.append(ImageSpan(start, len(ids), tokens, views))
-        if not processed:
-            return Prompt(ids)
-        import numpy as np
-
-        pixel_values = np.concatenate([image.pixel_values for image in processed])
-        shapes = tuple(shape for image in processed for shape in image.spatial_shapes)
-        return Prompt(ids, pixel_values, shapes, tuple(spans))
+            images.append(PromptImage(image, start, len(ids)))
+            if place < first_turn:
+                grown = len(ids) - place - 1
+        return Prompt(ids, tuple(images), first_turn + grown)
 
     def _gather(
         self, messages: Conversation, images: ImageInput | Sequence[ImageInput] | None

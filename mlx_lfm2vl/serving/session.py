@@ -17,7 +17,7 @@ from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..options import DEFAULT_MAX_TOKENS, CacheOptions, ImageOptions, Sampling
 from ..prompts.image_processor import NO_OPTIONS, ImageInput, ImageLayout, ProcessedImage
 from ..prompts.messages import Message
-from ..prompts.processor import ImageSpan, Lfm2VlProcessor, Prompt
+from ..prompts.processor import Lfm2VlProcessor, Prompt
 from .prefixes import (
     PrefixKey,
     SnapshotStore,
@@ -107,7 +107,7 @@ class Session:
         processed = self.processor.image_processor(image, options)
         pending = [*self._pending, processed]
         prompt, images = self._prompt(_user_message(pending, "?"))
-        stop = prompt.image_spans[-1].stop
+        stop = prompt.images[-1].stop
         with wired_limit(self.model):
             self._read(prompt, images, stop)
         self._pending = pending
@@ -228,7 +228,7 @@ class Session:
         pieces: list[str] = []
         with wired_limit(self.model):
             start, cache = self._read(prompt, images, len(prompt.token_ids) - 1)
-            embeddings = self._embed(prompt, start, len(prompt.token_ids))
+            embeddings = self.model.embed_prompt(prompt, start)
             for response in stream_answer(
                 self.model,
                 self.processor,
@@ -271,11 +271,13 @@ class Session:
             prompt_tokens=total,
             reused_tokens=start,
             processed_tokens=total - start,
-            encoded_images=sum(start <= span.start < total for span in prompt.image_spans),
+            encoded_images=sum(start <= image.start < total for image in prompt.images),
         )
-        for place in sorted({self._system_length(prompt), *(s.stop for s in prompt.image_spans)}):
+        for place in sorted(
+            {self._system_length(prompt), *(image.stop for image in prompt.images)}
+        ):
             if start < place <= stop:
-                embeddings = self._embed(prompt, start, place)
+                embeddings = self.model.embed_prompt(prompt, start, place)
                 read_embeddings(self.model.language_model, embeddings, cache, self.cache_options)
                 self._keep(prompt.token_ids[:place], prompt, images, cache)
                 start = place
@@ -288,7 +290,7 @@ class Session:
         images: list[ProcessedImage],
         cache: list[Cache],
     ) -> None:
-        inside = sum(span.stop <= len(token_ids) for span in prompt.image_spans)
+        inside = sum(image.stop <= len(token_ids) for image in prompt.images)
         digests = tuple(image.digest for image in images[:inside])
         self.snapshots.put(PrefixKey(tuple(token_ids), digests), cache)
 
@@ -301,19 +303,6 @@ class Session:
             system, self.tools, add_generation_prompt=False
         )
         return len(ids) if prompt.token_ids[: len(ids)] == ids else 0
-
-    def _embed(self, prompt: Prompt, start: int, stop: int) -> mx.array:
-        """(stop - start, hidden): embeddings of a part of the prompt, its images encoded."""
-        token_ids = prompt.token_ids[start:stop]
-        inside = [i for i, s in enumerate(prompt.image_spans) if start <= s.start < stop]
-        if not inside:
-            return self.model.embed(token_ids)[0]
-        views, patches = _image_slices(prompt, inside[0], inside[-1] + 1)
-        assert prompt.pixel_values is not None
-        features = self.model.encode_images(
-            prompt.pixel_values[patches], prompt.spatial_shapes[views]
-        )
-        return self.model.embed(token_ids, features)[0]
 
     def save(self, path: str | Path) -> None:
         """Writes conversation, images and snapshots into one safetensors file."""
@@ -431,17 +420,3 @@ def _map_images(message: Message, change: Callable[[Any], Any]) -> Message:
 def _user_message(images: list[ProcessedImage], text: str) -> dict[str, Any]:
     items = [{"type": "image", "image": image} for image in images]
     return {"role": "user", "content": [*items, {"type": "text", "text": text}]}
-
-
-def _image_slices(prompt: Prompt, first: int, last: int) -> tuple[slice, slice]:
-    """Where the views and patches of some neighbouring images stand in a prompt."""
-
-    def views(spans: Sequence[ImageSpan]) -> int:
-        return sum(span.views for span in spans)
-
-    view_start, view_stop = views(prompt.image_spans[:first]), views(prompt.image_spans[:last])
-    patches = [rows * cols for rows, cols in prompt.spatial_shapes]
-    return (
-        slice(view_start, view_stop),
-        slice(sum(patches[:view_start]), sum(patches[:view_stop])),
-    )

@@ -29,7 +29,13 @@ if TYPE_CHECKING:
     from .generation.batch import BatchRequest, BatchResult, batch_generate, stream_batch
     from .generation.generate import generate, stream_generate
     from .models.config import Lfm2VlConfig
-    from .models.lfm2_vl import Lfm2VlForConditionalGeneration, Lfm2VlOutput
+    from .models.lfm2_vl import (
+        Lfm2VlForConditionalGeneration,
+        Lfm2VlImageOutput,
+        Lfm2VlModel,
+        Lfm2VlModelOutput,
+        Lfm2VlOutput,
+    )
     from .options import CacheOptions, ImageOptions, ImageProcessorConfig, Sampling
     from .prompts.image_processor import Lfm2VlImageProcessor
     from .prompts.processor import Lfm2VlProcessor, Prompt
@@ -54,6 +60,9 @@ _EXPORTS = {
     "Lfm2VlError": "errors",
     "Lfm2VlForConditionalGeneration": "models.lfm2_vl",
     "Lfm2VlImageProcessor": "prompts.image_processor",
+    "Lfm2VlImageOutput": "models.lfm2_vl",
+    "Lfm2VlModel": "models.lfm2_vl",
+    "Lfm2VlModelOutput": "models.lfm2_vl",
     "Lfm2VlOutput": "models.lfm2_vl",
     "Lfm2VlProcessor": "prompts.processor",
     "ModelNotFoundError": "errors",
@@ -94,7 +103,10 @@ __all__ = [
     "Lfm2VlConfig",
     "Lfm2VlError",
     "Lfm2VlForConditionalGeneration",
+    "Lfm2VlImageOutput",
     "Lfm2VlImageProcessor",
+    "Lfm2VlModel",
+    "Lfm2VlModelOutput",
     "Lfm2VlOutput",
     "Lfm2VlProcessor",
     "ModelNotFoundError",

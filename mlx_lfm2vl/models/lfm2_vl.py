@@ -1,13 +1,13 @@
 """The whole model: images are encoded, put where their tokens stand, and read with the text.
 
-After `transformers`' `Lfm2VlForConditionalGeneration`.
+After `transformers`' `Lfm2VlModel` and `Lfm2VlForConditionalGeneration`.
 """
 
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,39 +19,62 @@ from .cache import Cache
 from .config import Lfm2VlConfig
 from .lfm2 import Lfm2ForCausalLM
 from .projector import Lfm2VlMultiModalProjector
-from .siglip2 import Siglip2VisionModel, group_views
+from .siglip2 import Array, Siglip2VisionModel, check_shapes, group_views, unpad_views
 
-if TYPE_CHECKING:
-    import numpy as np
-
-
+SpatialShapes = Sequence[tuple[int, int]] | Array
 IGNORE_INDEX = -100  # label of a position that does not count
 
 
-@dataclass(frozen=True)
-class Lfm2VlOutput:
-    """What a forward pass gives.
+@dataclass(frozen=True, kw_only=True)
+class Lfm2VlImageOutput:
+    """What the vision tower and the projector give for some views.
 
     Attributes:
-        logits: (batch, kept positions, vocab).
+        last_hidden_state: (patches of all views, vision hidden), packed, without padding.
+        pooler_output: (image tokens, text hidden) of each view.
+    """
+
+    last_hidden_state: mx.array
+    pooler_output: tuple[mx.array, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lfm2VlModelOutput:
+    """What a forward pass without the vocabulary head gives.
+
+    Attributes:
         last_hidden_state: (batch, tokens, hidden), after the final norm.
-        loss: a scalar, where labels were given.
         hidden_states: embeddings and each layer's output, (batch, tokens, hidden); the last one
             after the final norm.
         attentions: (batch, heads, tokens, positions) of each attention layer.
-        image_hidden_states: (image tokens, text hidden), where images were given.
+        image_hidden_states: (image tokens, text hidden), if images were given.
     """
 
-    logits: mx.array
     last_hidden_state: mx.array
-    loss: mx.array | None = None
     hidden_states: tuple[mx.array, ...] | None = None
     attentions: tuple[mx.array, ...] | None = None
     image_hidden_states: mx.array | None = None
 
 
-class Lfm2VlForConditionalGeneration(nn.Module):
-    """LFM2-VL: vision tower, projector and language model."""
+@dataclass(frozen=True, kw_only=True)
+class Lfm2VlOutput(Lfm2VlModelOutput):
+    """What a whole forward pass gives.
+
+    Attributes:
+        logits: (batch, kept positions, vocab).
+        loss: a scalar, if labels were given.
+    """
+
+    logits: mx.array
+    loss: mx.array | None = None
+
+
+class Lfm2VlModel(nn.Module):
+    """LFM2-VL without its vocabulary head: vision tower, projector and language model.
+
+    `Lfm2VlForConditionalGeneration` is one, too: `Lfm2VlModel.__call__(model, ...)` is its forward
+    pass without the head, and `model.base_model` an `Lfm2VlModel` of the same weights.
+    """
 
     def __init__(
         self, config: Lfm2VlConfig, image_config: ImageProcessorConfig | None = None
@@ -61,103 +84,150 @@ class Lfm2VlForConditionalGeneration(nn.Module):
         self.image_config = image_config if image_config is not None else ImageProcessorConfig()
         self.vision_tower = Siglip2VisionModel(config.vision_config)
         self.multi_modal_projector = Lfm2VlMultiModalProjector(config)
-        self.language_model = Lfm2ForCausalLM(config.text_config)
+        # tied to the embeddings, a head has no weights
+        self.language_model = Lfm2ForCausalLM(replace(config.text_config, tie_word_embeddings=True))
 
     def __call__(
         self,
-        input_ids: mx.array | None = None,
-        pixel_values: mx.array | np.ndarray[Any, Any] | None = None,
-        spatial_shapes: Sequence[tuple[int, int]] | None = None,
-        image_features: mx.array | None = None,
-        inputs_embeds: mx.array | None = None,
-        attention_mask: mx.array | None = None,
-        position_ids: mx.array | None = None,
+        input_ids: Array | None = None,
+        pixel_values: Array | None = None,
+        spatial_shapes: SpatialShapes | None = None,
+        pixel_attention_mask: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
         cache: Sequence[Cache] | None = None,
-        labels: mx.array | None = None,
-        logits_to_keep: int = 0,
+        inputs_embeds: Array | None = None,
+        *,
+        image_features: mx.array | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
-    ) -> Lfm2VlOutput:
-        """One forward pass, as the official `forward`.
+    ) -> Lfm2VlModelOutput:
+        """One forward pass, as the official `forward`. Arrays are MLX's or NumPy's.
 
         Args:
             input_ids: (batch, tokens), or `inputs_embeds` (batch, tokens, hidden) instead.
-            pixel_values: (patches of all views, 3·16²) uint8, as the processor packs them.
-            spatial_shapes: (rows, columns) in patches, one per view.
-            image_features: what `encode_images` gave, instead of `pixel_values`.
+            pixel_values, spatial_shapes, pixel_attention_mask: see `encode_images`.
             attention_mask: (batch, positions), 1 on tokens and 0 on padding on either side.
             position_ids: (batch, tokens); by default they count up from the cache.
             cache: from `make_cache`, filled in place.
-            labels: (batch, tokens), -100 where ignored; needs all logits.
-            logits_to_keep: project only so many last positions; 0 for all.
+            image_features: what `encode_images` gave, instead of `pixel_values`.
 
         Raises:
-            PromptError: arguments that contradict each other, or a number of image features
-                other than that of image tokens.
+            PromptError: arguments that contradict each other, an id that the vocabulary does not
+                have (in NumPy's arrays), or a number of image features other than that of image
+                tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise PromptError("pass exactly one of input_ids and inputs_embeds")
         if pixel_values is not None:
             if image_features is not None or spatial_shapes is None:
                 raise PromptError("pixel_values need spatial_shapes and exclude image_features")
-            image_features = self.encode_images(pixel_values, spatial_shapes)
-        if inputs_embeds is None:
-            assert input_ids is not None
+            image_features = self.encode_images(pixel_values, spatial_shapes, pixel_attention_mask)
+        if input_ids is not None:
             inputs_embeds = self.embed(input_ids, image_features)
         elif image_features is not None:
             raise PromptError("images need input_ids, to know where they stand")
         out = self.language_model.model(
-            inputs_embeds,
+            _on_device(inputs_embeds),
             cache,
-            attention_mask,
-            position_ids,
+            _on_device(attention_mask),
+            _on_device(position_ids),
             output_hidden_states,
             output_attentions,
         )
-        hidden = out.last_hidden_state
-        logits = self.language_model.logits(hidden[:, -logits_to_keep:])
-        return Lfm2VlOutput(
-            logits,
-            hidden,
-            None if labels is None else causal_lm_loss(logits, labels),
-            None if out.hidden_states is None else tuple(out.hidden_states),
-            None if out.attentions is None else tuple(out.attentions),
-            image_features,
+        return Lfm2VlModelOutput(
+            last_hidden_state=out.last_hidden_state,
+            hidden_states=None if out.hidden_states is None else tuple(out.hidden_states),
+            attentions=None if out.attentions is None else tuple(out.attentions),
+            image_hidden_states=image_features,
         )
 
     def encode_images(
         self,
-        pixel_values: mx.array | np.ndarray[Any, Any],
-        spatial_shapes: Sequence[tuple[int, int]],
+        pixel_values: Array,
+        spatial_shapes: SpatialShapes,
+        pixel_attention_mask: Array | None = None,
     ) -> mx.array:
         """Views to image tokens.
 
         Args:
-            pixel_values: (patches of all views, 3·16²) uint8.
+            pixel_values: (patches of all views, 3·16²) uint8, as `Prompt` packs them; or
+                (views, patches, 3·16²), padded and normalised already, as the official processor
+                makes them.
             spatial_shapes: (rows, columns) in patches, one per view.
+            pixel_attention_mask: (views, patches) of padded pixels, 1 on patches and 0 on padding.
+                It says nothing that `spatial_shapes` does not say, so it may be left out.
 
         Returns:
             (image tokens of all views, text hidden), lazily.
+
+        Raises:
+            PromptError: pixels, shapes and mask do not fit together.
         """
-        patches = sum(rows * cols for rows, cols in spatial_shapes)
-        if patches != pixel_values.shape[0]:
-            raise PromptError(
-                f"spatial_shapes {list(spatial_shapes)} cover {patches} patches; "
-                f"pixel_values has {pixel_values.shape[0]}"
-            )
-        features: list[mx.array] = []
+        groups = self._encode(pixel_values, spatial_shapes, pixel_attention_mask)
+        return mx.concatenate([tokens for _, _, tokens in groups])
+
+    def get_image_features(
+        self,
+        pixel_values: Array,
+        spatial_shapes: SpatialShapes,
+        pixel_attention_mask: Array | None = None,
+    ) -> Lfm2VlImageOutput:
+        """Views to the vision tower's features and to image tokens, as the official method.
+
+        Arguments and errors are those of `encode_images`.
+        """
+        groups = self._encode(pixel_values, spatial_shapes, pixel_attention_mask)
+        return Lfm2VlImageOutput(
+            last_hidden_state=mx.concatenate([features for _, features, _ in groups]),
+            pooler_output=tuple(
+                view for views, _, tokens in groups for view in mx.split(tokens, views)
+            ),
+        )
+
+    def _encode(
+        self, pixel_values: Array, spatial_shapes: SpatialShapes, mask: Array | None
+    ) -> list[tuple[int, mx.array, mx.array]]:
+        """Group by group: views, (patches, vision hidden), and (image tokens, text hidden)."""
+        shapes = check_shapes(spatial_shapes, self.config.downsample_factor)
+        padded = pixel_values.ndim == 3
+        if padded:
+            pixel_values = unpad_views(pixel_values, shapes, mask)
+        self._check_pixels(pixel_values, shapes, padded)
+        groups: list[tuple[int, mx.array, mx.array]] = []
         start = 0
-        for views, (rows, cols) in group_views(spatial_shapes):
+        for views, (rows, cols) in group_views(shapes):
             stop = start + views * rows * cols
             group = mx.array(pixel_values[start:stop])
-            if features:
+            if groups:
                 # one group after the other: what they need is never alive together
-                group = mx.depends(group, features[-1])
-            shapes = [(rows, cols)] * views
-            x = self.vision_tower(self.normalize(group), shapes).last_hidden_state
-            features.append(self.multi_modal_projector(x, shapes))
+                group = mx.depends(group, groups[-1][2])
+            same = [(rows, cols)] * views
+            pixels = self._as_computed(group) if padded else self.normalize(group)
+            features = self.vision_tower(pixels, same).last_hidden_state
+            groups.append((views, features, self.multi_modal_projector(features, same)))
             start = stop
-        return mx.concatenate(features)
+        return groups
+
+    def _check_pixels(
+        self, pixel_values: Array, shapes: list[tuple[int, int]], normalised: bool
+    ) -> None:
+        vision = self.config.vision_config
+        values = vision.num_channels * vision.patch_size**2
+        # "float32", "mlx.core.bfloat16": two libraries, one way to name a type
+        floating = "float" in str(pixel_values.dtype)
+        if pixel_values.ndim != 2 or pixel_values.shape[1] != values or floating != normalised:
+            raise PromptError(
+                f"pixel_values of {pixel_values.ndim} axes, {pixel_values.shape[-1]} values each, "
+                f"type {pixel_values.dtype}; they must be (patches of all views, {values}) uint8, "
+                f"or padded and normalised: (views, patches, {values}) floats"
+            )
+        patches = sum(rows * cols for rows, cols in shapes)
+        if patches != pixel_values.shape[0]:
+            raise PromptError(
+                f"spatial_shapes {shapes} cover {patches} patches; "
+                f"pixel_values has {pixel_values.shape[0]}"
+            )
 
     def normalize(self, pixel_values: mx.array) -> mx.array:
         """uint8 (patches, 3·16²) -> (x · rescale_factor - mean) / std, in the compute type."""
@@ -166,16 +236,19 @@ class Lfm2VlForConditionalGeneration(nn.Module):
         # one fused step, in float32, as the official processor does it
         mean = mx.array(config.image_mean * pixels) / config.rescale_factor
         std = mx.array(config.image_std * pixels) / config.rescale_factor
-        return ((pixel_values - mean) / std).astype(self.vision_tower.post_layernorm.weight.dtype)
+        return self._as_computed((pixel_values - mean) / std)
+
+    def _as_computed(self, pixel_values: mx.array) -> mx.array:
+        return pixel_values.astype(self.vision_tower.post_layernorm.weight.dtype)
 
     def embed(
-        self, input_ids: mx.array | Sequence[int], image_features: mx.array | None = None
+        self, input_ids: Array | Sequence[int], image_features: mx.array | None = None
     ) -> mx.array:
         """Token embeddings with image features in the rows of the image tokens, in order.
 
         Args:
-            input_ids: (batch, tokens), or a list of ids for a batch of one. A list costs no read
-                from the device, and its ids are checked.
+            input_ids: (batch, tokens), or a list of ids for a batch of one. NumPy's arrays and
+                lists cost no read from the device, and their ids are checked.
             image_features: (image tokens, text hidden).
 
         Returns:
@@ -186,17 +259,17 @@ class Lfm2VlForConditionalGeneration(nn.Module):
                 other than that of image tokens.
         """
         if isinstance(input_ids, mx.array):
-            ids = input_ids
+            embeddings = self.language_model.embed(input_ids)
+            if image_features is None:
+                return embeddings
+            tokens = _flat(input_ids)
         else:
-            input_ids = list(input_ids)
-            self._check_ids(input_ids)
-            ids = mx.array(input_ids, mx.int32)[None]
-        embeddings = self.language_model.embed(ids)
-        if image_features is None:
-            return embeddings
-        tokens = input_ids
-        if isinstance(tokens, mx.array):
-            tokens = cast("list[int]", tokens.flatten().tolist())
+            tokens = _flat(input_ids)
+            self._check_ids(tokens)
+            shape = (1, len(input_ids)) if isinstance(input_ids, Sequence) else input_ids.shape
+            embeddings = self.language_model.embed(mx.array(tokens, mx.int32).reshape(shape))
+            if image_features is None:
+                return embeddings
         self._check_features(tokens, image_features)
         # row i of the result is row rows[i] of the table: embeddings first, then features
         rows, feature = list(range(len(tokens))), len(tokens)
@@ -293,6 +366,76 @@ class Lfm2VlForConditionalGeneration(nn.Module):
     @property
     def layers(self) -> list[Any]:
         return self.language_model.layers
+
+
+class Lfm2VlForConditionalGeneration(Lfm2VlModel):
+    """LFM2-VL with its vocabulary head, tied to the embeddings or not."""
+
+    def __init__(
+        self, config: Lfm2VlConfig, image_config: ImageProcessorConfig | None = None
+    ) -> None:
+        super().__init__(config, image_config)
+        if not config.text_config.tie_word_embeddings:
+            self.language_model = Lfm2ForCausalLM(config.text_config)
+
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        pixel_values: Array | None = None,
+        spatial_shapes: SpatialShapes | None = None,
+        pixel_attention_mask: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        cache: Sequence[Cache] | None = None,
+        inputs_embeds: Array | None = None,
+        labels: Array | None = None,
+        logits_to_keep: int | Array = 0,
+        *,
+        image_features: mx.array | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> Lfm2VlOutput:
+        """One forward pass, as the official `forward`; arguments and errors of `Lfm2VlModel`, and
+
+        Args:
+            labels: (batch, tokens), -100 where ignored; needs all logits.
+            logits_to_keep: project only so many last positions, 0 for all; or these positions.
+        """
+        out = super().__call__(
+            input_ids,
+            pixel_values,
+            spatial_shapes,
+            pixel_attention_mask,
+            attention_mask,
+            position_ids,
+            cache,
+            inputs_embeds,
+            image_features=image_features,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.language_model.logits(out.last_hidden_state[:, kept])
+        loss = None if labels is None else causal_lm_loss(logits, _on_device(labels))
+        return Lfm2VlOutput(logits=logits, loss=loss, **vars(out))
+
+    @property
+    def base_model(self) -> Lfm2VlModel:
+        """This model without its vocabulary head; both have the same weights."""
+        base = Lfm2VlModel(self.config, self.image_config)
+        base.vision_tower = self.vision_tower
+        base.multi_modal_projector = self.multi_modal_projector
+        base.language_model.model = self.language_model.model
+        return base
+
+
+def _on_device(array: Array | None) -> Any:
+    return array if array is None or isinstance(array, mx.array) else mx.array(array)
+
+
+def _flat(ids: Array | Sequence[int]) -> list[int]:
+    """All ids, row after row."""
+    return list(ids) if isinstance(ids, Sequence) else cast("list[int]", ids.flatten().tolist())
 
 
 def _images_inside(prompt: Prompt, start: int, stop: int) -> list[PromptImage]:

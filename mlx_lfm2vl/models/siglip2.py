@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Union, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..errors import PromptError
 from .config import Siglip2VisionConfig
 from .layers import activation, checkpointed
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Array = Union[mx.array, "np.ndarray[Any, Any]"]
 
 # Views go through the encoder in groups of at most this many patches, one tile of 512x512, so
 # that memory does not grow with their number
@@ -199,3 +205,55 @@ def group_views(
         while left > 0:
             yield min(left, at_most), (rows, cols)
             left -= at_most
+
+
+def check_shapes(spatial_shapes: Sequence[Any] | Array, factor: int) -> list[tuple[int, int]]:
+    """(rows, columns) of each view as ints, from lists or an array (views, 2).
+
+    Raises:
+        PromptError: something else, or sides that are no multiples of `factor`.
+    """
+    try:
+        shapes = [(int(rows), int(cols)) for rows, cols in spatial_shapes]
+    except (TypeError, ValueError):
+        shapes = []
+    if not shapes or any(min(s) < 1 or s[0] % factor or s[1] % factor for s in shapes):
+        raise PromptError(
+            f"spatial_shapes is {spatial_shapes}; it must be (rows, columns) in patches of each "
+            f"view, both multiples of {factor}"
+        )
+    return shapes
+
+
+def unpad_views(
+    pixel_values: Array, shapes: Sequence[tuple[int, int]], mask: Array | None = None
+) -> Array:
+    """(views, patches, values), padded at the ends -> (patches of all views, values).
+
+    Args:
+        shapes: (rows, columns) of each view.
+        mask: (views, patches), 1 on patches and 0 on padding, to be compared with the shapes.
+
+    Raises:
+        PromptError: they do not fit together.
+    """
+    counts = [rows * cols for rows, cols in shapes]
+    views, length = pixel_values.shape[:2]
+    if views != len(shapes) or max(counts) > length:
+        raise PromptError(
+            f"spatial_shapes {list(shapes)} do not fit pixel_values of {views} views with "
+            f"{length} patches each"
+        )
+    if mask is not None:
+        expected = [[place < count for place in range(length)] for count in counts]
+        marked = cast("list[list[Any]]", mask.tolist())
+        if [[bool(value) for value in row] for row in marked] != expected:
+            raise PromptError(
+                f"pixel_attention_mask does not mark the first {counts} patches of the views, "
+                "which spatial_shapes has"
+            )
+    if isinstance(pixel_values, mx.array):
+        return mx.concatenate([pixel_values[i, :count] for i, count in enumerate(counts)])
+    import numpy as np
+
+    return np.concatenate([pixel_values[i, :count] for i, count in enumerate(counts)])

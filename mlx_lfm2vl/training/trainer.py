@@ -31,7 +31,7 @@ from ..conversion.plan import make_plan, write_files, write_weights
 from ..errors import TrainError
 from ..files import read_json
 from ..models.layers import random_seed
-from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
+from ..models.lfm2_vl import Lfm2VlForConditionalGeneration, Lfm2VlModel
 from ..options import ImageOptions
 from ..prompts.image_processor import NO_OPTIONS
 from ..prompts.processor import Lfm2VlProcessor
@@ -142,11 +142,9 @@ def loss_sum(model: Lfm2VlForConditionalGeneration, batch: Batch) -> mx.array:
     """
     if len(batch.targets) == 0:
         return mx.array(0.0)
-    features = None
-    if batch.pixel_values is not None:
-        features = model.encode_images(batch.pixel_values, batch.spatial_shapes)
-    embeddings = model.embed(mx.array(batch.token_ids), features)
-    hidden = model.language_model.model(embeddings).last_hidden_state
+    hidden = Lfm2VlModel.__call__(
+        model, batch.token_ids, batch.pixel_values, batch.spatial_shapes
+    ).last_hidden_state
     hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(batch.positions)]
     logits = model.language_model.logits(hidden).astype(mx.float32)
     return nn.losses.cross_entropy(logits, mx.array(batch.targets), reduction="sum")

@@ -234,8 +234,10 @@ class Lfm2VlModel(nn.Module):
         config = self.image_config
         pixels = config.encoder_patch_size**2
         # one fused step, in float32, as the official processor does it
-        mean = mx.array(config.image_mean * pixels) / config.rescale_factor
-        std = mx.array(config.image_std * pixels) / config.rescale_factor
+        mean, std = (
+            mx.array([value / config.rescale_factor for value in values] * pixels)
+            for values in (config.image_mean, config.image_std)
+        )
         return self._as_computed((pixel_values - mean) / std)
 
     def _as_computed(self, pixel_values: mx.array) -> mx.array:
@@ -414,8 +416,11 @@ class Lfm2VlForConditionalGeneration(Lfm2VlModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.language_model.logits(out.last_hidden_state[:, kept])
+        if isinstance(logits_to_keep, int):
+            hidden = out.last_hidden_state[:, -logits_to_keep:]
+        else:
+            hidden = out.last_hidden_state[:, _on_device(logits_to_keep)]
+        logits = self.language_model.logits(hidden)
         loss = None if labels is None else causal_lm_loss(logits, _on_device(labels))
         return Lfm2VlOutput(logits=logits, loss=loss, **vars(out))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple, Union, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -213,13 +213,16 @@ def check_shapes(spatial_shapes: Sequence[Any] | Array, factor: int) -> list[tup
     Raises:
         PromptError: something else, or sides that are no multiples of `factor`.
     """
+    given: Any = spatial_shapes
+    if not isinstance(given, Sequence):
+        given = given.tolist()
     try:
-        shapes = [(int(rows), int(cols)) for rows, cols in spatial_shapes]
+        shapes = [(int(rows), int(cols)) for rows, cols in given]
     except (TypeError, ValueError):
         shapes = []
     if not shapes or any(min(s) < 1 or s[0] % factor or s[1] % factor for s in shapes):
         raise PromptError(
-            f"spatial_shapes is {spatial_shapes}; it must be (rows, columns) in patches of each "
+            f"spatial_shapes is {given}; it must be (rows, columns) in patches of each "
             f"view, both multiples of {factor}"
         )
     return shapes
@@ -246,8 +249,7 @@ def unpad_views(
         )
     if mask is not None:
         expected = [[place < count for place in range(length)] for count in counts]
-        marked = cast("list[list[Any]]", mask.tolist())
-        if [[bool(value) for value in row] for row in marked] != expected:
+        if mask.tolist() != expected:
             raise PromptError(
                 f"pixel_attention_mask does not mark the first {counts} patches of the views, "
                 "which spatial_shapes has"

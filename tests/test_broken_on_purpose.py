@@ -12,6 +12,7 @@ from mlx_lfm2vl.models import siglip2 as vision
 from mlx_lfm2vl.models.cache import ConvCache
 from mlx_lfm2vl.prompts import image_processor
 
+from . import test_official_inputs as inputs
 from . import test_parity as parity
 
 
@@ -30,6 +31,7 @@ def test_nothing_is_noticed_where_nothing_is_broken(loaded):
     parity.test_prompt("v5", "tiled", loaded)
     parity.test_features_logits_loss_and_greedy_tokens("v5", "tiled", loaded)
     parity.test_padding_on_either_side("left", loaded)
+    inputs.test_hidden_states_and_logits("tiled", loaded)
 
 
 def test_conv_state_dropped(noticed, monkeypatch):
@@ -96,6 +98,7 @@ def test_mask_of_padded_text_ignored(noticed, monkeypatch):
     # nothing real comes after padding on the right, so only the left side can show it
     noticed(parity.test_padding_on_either_side, "left")
     noticed(parity.test_padding_with_a_cache)
+    noticed(inputs.test_hidden_states_and_logits, "padded left")
 
 
 @pytest.mark.parametrize("part", ["attention", "padding"])
@@ -148,3 +151,28 @@ def test_post_norm_of_the_vision_tower_skipped(noticed, loaded, monkeypatch):
         lambda self, pixels: (pixels.astype(mx.float32) / 255 - 0.5) / 0.5,
     )
     noticed(parity.test_features_logits_loss_and_greedy_tokens, "head72", "small")
+
+
+def test_padded_pixels_normalised_again(noticed, monkeypatch):
+    monkeypatch.setattr(model.Lfm2VlModel, "_as_computed", lambda _, pixels: (pixels - 0.5) / 0.5)
+    noticed(inputs.test_hidden_states_and_logits, "small")
+
+
+def test_padding_taken_for_patches(noticed, monkeypatch):
+    def last_ones(pixel_values, shapes, mask=None):
+        counts = [rows * cols for rows, cols in shapes]
+        return np.concatenate([pixel_values[i, -count:] for i, count in enumerate(counts)])
+
+    monkeypatch.setattr(model, "unpad_views", last_ones)
+    noticed(inputs.test_hidden_states_and_logits, "tiled")
+
+
+def test_padded_views_in_another_order(noticed, monkeypatch):
+    right = model.unpad_views
+
+    def first_ones_swapped(pixel_values, shapes, mask=None):
+        swapped = pixel_values[[1, 0, *range(2, len(shapes))]]
+        return right(swapped, shapes, mask)
+
+    monkeypatch.setattr(model, "unpad_views", first_ones_swapped)
+    noticed(inputs.test_hidden_states_and_logits, "tiled")

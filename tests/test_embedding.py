@@ -216,6 +216,19 @@ def test_where_the_first_answer_begins(loaded):
     assert begun.first_turn == len(begun.token_ids)
 
 
+def test_the_first_turn_is_rendered_with_tools_and_variables(copied):
+    from mlx_lfm2vl import load
+
+    folder = copied()
+    (folder / "chat_template.jinja").write_text(
+        "{{ tools | tojson }}{{ mood }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    talk = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}]
+    given = {"tools": [{"name": "look"}], "template_variables": {"mood": "merry"}}
+    prompt, alone = (load(folder)[1](messages, **given) for messages in (talk, talk[:1]))
+    assert prompt.first_turn == len(alone.token_ids) < len(prompt.token_ids)
+
+
 @pytest.mark.parametrize(
     "template",
     [

@@ -159,20 +159,20 @@ def test_padded_pixels_normalised_again(noticed, monkeypatch):
 
 
 def test_padding_taken_for_patches(noticed, monkeypatch):
-    def last_ones(pixel_values, shapes, mask=None):
+    def last_ones(pixel_values, shapes, mask):
         counts = [rows * cols for rows, cols in shapes]
         return np.concatenate([pixel_values[i, -count:] for i, count in enumerate(counts)])
 
-    monkeypatch.setattr(model, "unpad_views", last_ones)
+    monkeypatch.setattr(vision, "unpad_views", last_ones)
     noticed(inputs.test_hidden_states_and_logits, "tiled")
 
 
 def test_padded_views_in_another_order(noticed, monkeypatch):
-    right = model.unpad_views
+    right = vision.unpad_views
 
-    def first_ones_swapped(pixel_values, shapes, mask=None):
+    def first_ones_swapped(pixel_values, shapes, mask):
         swapped = pixel_values[[1, 0, *range(2, len(shapes))]]
         return right(swapped, shapes, mask)
 
-    monkeypatch.setattr(model, "unpad_views", first_ones_swapped)
+    monkeypatch.setattr(vision, "unpad_views", first_ones_swapped)
     noticed(inputs.test_hidden_states_and_logits, "tiled")

@@ -166,11 +166,11 @@ def test_an_image_that_does_not_fit_its_place(case):
         model.embed_prompt(other, 0, first.stop)
 
 
-@pytest.mark.parametrize("wrong", [-1, 435, 1 << 40, -(1 << 40)])
+@pytest.mark.parametrize("wrong", [-1, 435, 1 << 40, -(1 << 40), 5.0, None, "cat"])
 def test_ids_outside_the_vocabulary(case, wrong, work):
     model, prompt = case
     assert model.config.text_config.vocab_size == 435
-    message = rf"token id {wrong} is not in the vocabulary of 435 tokens, 0 to 434"
+    message = rf"token id {wrong!r} is not in the vocabulary of 435 tokens, 0 to 434"
     with pytest.raises(PromptError, match=message):
         model.embed([5, wrong, 6])
     with pytest.raises(PromptError, match=message):
@@ -179,7 +179,11 @@ def test_ids_outside_the_vocabulary(case, wrong, work):
     with pytest.raises(PromptError, match=message):
         model.embed_prompt(replace(prompt, token_ids=ids))
     assert work.views == []
-    assert equal(model.embed_prompt(Prompt([0, 434])), model.embed(mx.array([[0, 434]]))[0])
+    expected = model.embed(mx.array([[0, 434]]))
+    for ids in ([0, 434], list(np.array([0, 434]))):
+        assert equal(model.embed_prompt(Prompt(ids)), expected[0])
+    for array in (np.array([[0, 434]]), np.array([[0, 434]], np.uint16)):
+        assert equal(model.embed(array), expected)
 
 
 def user(*parts):

@@ -165,17 +165,19 @@ def test_packed_pixels_are_the_same_pixels(name, case, work):
     assert np.allclose(padded, model.encode_images(packed, shapes), rtol=1e-6, atol=1e-6)
     assert work.views == groups
     assert len(groups) < len(shapes), "neighbours of one shape go together"
+    with pytest.raises(PromptError, match="no pixel_attention_mask"):
+        model.encode_images(packed, shapes, inputs["pixel_attention_mask"])
 
 
 @pytest.mark.parametrize("name", ["mixed"])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pixel_values": lambda x: x[0, 0]}, r"pixel_values of 1 axes"),
-        ({"pixel_values": lambda x: x[None]}, r"pixel_values of 4 axes"),
-        ({"pixel_values": lambda x: x[..., :-1]}, r"767 values each.* \(views, patches, 768\)"),
-        ({"pixel_values": lambda x: x.astype(np.uint8)}, "type uint8"),
-        ({"pixel_values": lambda x: x.reshape(-1, 768)}, "type float32"),
+        ({"pixel_values": lambda x: x[0, 0]}, r"pixel_values of shape \(768,\)"),
+        ({"pixel_values": lambda x: x[None]}, r"pixel_values of shape \(1, 13, 16, 768\)"),
+        ({"pixel_values": lambda x: x[..., :-1]}, r"16, 767\).* \(views, patches, 768\)"),
+        ({"pixel_values": lambda x: x.astype(np.uint8)}, r"shape \(13, 16, 768\) and type uint8"),
+        ({"pixel_values": lambda x: x.reshape(-1, 768)}, r"shape \(208, 768\) and type float32"),
         ({"pixel_values": lambda x: x[:-1]}, "do not fit pixel_values of 12 views"),
         ({"pixel_values": lambda x: x[:, :-1]}, "13 views with 15 patches each"),
         ({"spatial_shapes": lambda x: x[:-1]}, "do not fit pixel_values of 13 views"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any, cast
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ from .cache import Cache
 from .config import Lfm2VlConfig
 from .lfm2 import Lfm2ForCausalLM
 from .projector import Lfm2VlMultiModalProjector
-from .siglip2 import Array, Siglip2VisionModel, check_shapes, group_views, unpad_views
+from .siglip2 import Array, Siglip2VisionModel, check_shapes, group_views, pack_views
 
 SpatialShapes = Sequence[tuple[int, int]] | Array
 IGNORE_INDEX = -100  # label of a position that does not count
@@ -190,10 +191,11 @@ class Lfm2VlModel(nn.Module):
     ) -> list[tuple[int, mx.array, mx.array]]:
         """Group by group: views, (patches, vision hidden), and (image tokens, text hidden)."""
         shapes = check_shapes(spatial_shapes, self.config.downsample_factor)
+        vision = self.config.vision_config
         padded = pixel_values.ndim == 3
-        if padded:
-            pixel_values = unpad_views(pixel_values, shapes, mask)
-        self._check_pixels(pixel_values, shapes, padded)
+        pixel_values = pack_views(
+            pixel_values, shapes, mask, vision.num_channels * vision.patch_size**2
+        )
         groups: list[tuple[int, mx.array, mx.array]] = []
         start = 0
         for views, (rows, cols) in group_views(shapes):
@@ -208,26 +210,6 @@ class Lfm2VlModel(nn.Module):
             groups.append((views, features, self.multi_modal_projector(features, same)))
             start = stop
         return groups
-
-    def _check_pixels(
-        self, pixel_values: Array, shapes: list[tuple[int, int]], normalised: bool
-    ) -> None:
-        vision = self.config.vision_config
-        values = vision.num_channels * vision.patch_size**2
-        # "float32", "mlx.core.bfloat16": two libraries, one way to name a type
-        floating = "float" in str(pixel_values.dtype)
-        if pixel_values.ndim != 2 or pixel_values.shape[1] != values or floating != normalised:
-            raise PromptError(
-                f"pixel_values of {pixel_values.ndim} axes, {pixel_values.shape[-1]} values each, "
-                f"type {pixel_values.dtype}; they must be (patches of all views, {values}) uint8, "
-                f"or padded and normalised: (views, patches, {values}) floats"
-            )
-        patches = sum(rows * cols for rows, cols in shapes)
-        if patches != pixel_values.shape[0]:
-            raise PromptError(
-                f"spatial_shapes {shapes} cover {patches} patches; "
-                f"pixel_values has {pixel_values.shape[0]}"
-            )
 
     def normalize(self, pixel_values: mx.array) -> mx.array:
         """uint8 (patches, 3·16²) -> (x · rescale_factor - mean) / std, in the compute type."""
@@ -261,17 +243,16 @@ class Lfm2VlModel(nn.Module):
                 other than that of image tokens.
         """
         if isinstance(input_ids, mx.array):
-            embeddings = self.language_model.embed(input_ids)
-            if image_features is None:
-                return embeddings
-            tokens = _flat(input_ids)
+            ids = input_ids
         else:
-            tokens = _flat(input_ids)
-            self._check_ids(tokens)
-            shape = (1, len(input_ids)) if isinstance(input_ids, Sequence) else input_ids.shape
-            embeddings = self.language_model.embed(mx.array(tokens, mx.int32).reshape(shape))
-            if image_features is None:
-                return embeddings
+            tokens = self._check_ids(_flat(input_ids))
+            shape = (1, len(tokens)) if isinstance(input_ids, Sequence) else input_ids.shape
+            ids = mx.array(tokens, mx.int32).reshape(shape)
+        embeddings = self.language_model.embed(ids)
+        if image_features is None:
+            return embeddings
+        if ids is input_ids:
+            tokens = _flat(ids)
         self._check_features(tokens, image_features)
         # row i of the result is row rows[i] of the table: embeddings first, then features
         rows, feature = list(range(len(tokens))), len(tokens)
@@ -338,13 +319,18 @@ class Lfm2VlModel(nn.Module):
                 start = stop
         return mx.concatenate([found[placed.digest] for placed in images])
 
-    def _check_ids(self, token_ids: Sequence[int]) -> None:
+    def _check_ids(self, token_ids: Sequence[int]) -> list[int]:
         size = self.config.text_config.vocab_size
-        if len(token_ids) > 0 and not 0 <= min(token_ids) <= max(token_ids) < size:
-            wrong = next(token for token in token_ids if not 0 <= token < size)
+        try:
+            ids = list(map(index, token_ids))
+            wrong = [token for token in ids if not 0 <= token < size]
+        except TypeError:  # no whole number
+            wrong = [token for token in token_ids if not hasattr(token, "__index__")]
+        if wrong:
             raise PromptError(
-                f"token id {wrong} is not in the vocabulary of {size} tokens, 0 to {size - 1}"
+                f"token id {wrong[0]!r} is not in the vocabulary of {size} tokens, 0 to {size - 1}"
             )
+        return ids
 
     def _check_features(self, token_ids: Sequence[int], image_features: mx.array) -> None:
         places = token_ids.count(self.config.image_token_id)

@@ -228,18 +228,44 @@ def check_shapes(spatial_shapes: Sequence[Any] | Array, factor: int) -> list[tup
     return shapes
 
 
-def unpad_views(
-    pixel_values: Array, shapes: Sequence[tuple[int, int]], mask: Array | None = None
+def pack_views(
+    pixel_values: Array, shapes: Sequence[tuple[int, int]], mask: Array | None, values: int
 ) -> Array:
-    """(views, patches, values), padded at the ends -> (patches of all views, values).
+    """(patches of all views, values), from that or from (views, patches, values) with padding.
 
     Args:
         shapes: (rows, columns) of each view.
-        mask: (views, patches), 1 on patches and 0 on padding, to be compared with the shapes.
+        mask: (views, patches) of padded pixels, 1 on patches and 0 on padding.
+        values: of one patch.
 
     Raises:
         PromptError: they do not fit together.
     """
+    # "float32", "mlx.core.bfloat16": two libraries, one way to name a type
+    kind = (pixel_values.ndim, "float" in str(pixel_values.dtype))
+    if kind not in ((2, False), (3, True)) or pixel_values.shape[-1] != values:
+        raise PromptError(
+            f"pixel_values of shape {tuple(pixel_values.shape)} and type {pixel_values.dtype}; "
+            f"they must be (patches of all views, {values}) uint8, or padded and normalised: "
+            f"(views, patches, {values}) floats"
+        )
+    if pixel_values.ndim == 3:
+        return unpad_views(pixel_values, shapes, mask)
+    if mask is not None:
+        raise PromptError("packed pixel_values have no padding, so no pixel_attention_mask either")
+    patches = sum(rows * cols for rows, cols in shapes)
+    if patches != pixel_values.shape[0]:
+        raise PromptError(
+            f"spatial_shapes {list(shapes)} cover {patches} patches; "
+            f"pixel_values has {pixel_values.shape[0]}"
+        )
+    return pixel_values
+
+
+def unpad_views(
+    pixel_values: Array, shapes: Sequence[tuple[int, int]], mask: Array | None
+) -> Array:
+    """(views, patches, values), padded at the ends -> (patches of all views, values)."""
     counts = [rows * cols for rows, cols in shapes]
     views, length = pixel_values.shape[:2]
     if views != len(shapes) or max(counts) > length:

@@ -195,6 +195,7 @@ def test_packed_pixels_are_the_same_pixels(name, case, work):
         ({"pixel_attention_mask": lambda x: x[0]}, "does not mark the first"),
         ({"input_ids": lambda x: x * 0 + 999}, "token id 999 is not in the vocabulary"),
         ({"input_ids": lambda x: x[:, :10]}, "image features were given"),
+        ({"input_ids": lambda x: None}, "exactly one of input_ids and inputs_embeds"),
     ],
 )  # fmt: skip
 def test_inputs_that_do_not_fit(name, case, changes, message):

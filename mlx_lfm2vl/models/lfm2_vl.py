@@ -118,18 +118,12 @@ class Lfm2VlModel(nn.Module):
                 have (in NumPy's arrays), or a number of image features other than that of image
                 tokens.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise PromptError("pass exactly one of input_ids and inputs_embeds")
         if pixel_values is not None:
             if image_features is not None or spatial_shapes is None:
                 raise PromptError("pixel_values need spatial_shapes and exclude image_features")
             image_features = self.encode_images(pixel_values, spatial_shapes, pixel_attention_mask)
-        if input_ids is not None:
-            inputs_embeds = self.embed(input_ids, image_features)
-        elif image_features is not None:
-            raise PromptError("images need input_ids, to know where they stand")
         out = self.language_model.model(
-            _on_device(inputs_embeds),
+            self._embeddings(input_ids, inputs_embeds, image_features),
             cache,
             _on_device(attention_mask),
             _on_device(position_ids),
@@ -142,6 +136,21 @@ class Lfm2VlModel(nn.Module):
             attentions=None if out.attentions is None else tuple(out.attentions),
             image_hidden_states=image_features,
         )
+
+    def _embeddings(
+        self,
+        input_ids: Array | None,
+        inputs_embeds: Array | None,
+        image_features: mx.array | None,
+    ) -> mx.array:
+        """(batch, tokens, hidden) from what a forward pass was given."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise PromptError("pass exactly one of input_ids and inputs_embeds")
+        if input_ids is not None:
+            return self.embed(input_ids, image_features)
+        if image_features is not None:
+            raise PromptError("images need input_ids, to know where they stand")
+        return cast(mx.array, _on_device(inputs_embeds))
 
     def encode_images(
         self,

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from mlx_lfm2vl import (
-    BatchRequest,
+    Question,
     Sampling,
     Session,
     __version__,
@@ -24,7 +24,7 @@ from mlx_lfm2vl import (
     load,
 )
 
-GREEDY = Sampling()
+GREEDY = Sampling(temperature=0)
 QUESTIONS = ("What is in this image?", "What colours do you see?", "Is it day or night?")
 
 
@@ -63,9 +63,7 @@ def questions(model, processor, image: str, rounds: int) -> None:
 
 def rows(model, processor, count: int, tokens: int, rounds: int) -> None:
     """Tokens per second of rows together and one by one, prompts included."""
-    requests = [
-        BatchRequest(QUESTIONS[n % 3] + " " * n, None, tokens, GREEDY) for n in range(count)
-    ]
+    requests = [Question(QUESTIONS[n % 3] + " " * n, None, tokens, GREEDY) for n in range(count)]
 
     def run(size: int) -> float:
         start = time.perf_counter()

@@ -178,7 +178,7 @@ class Ours(Mlx):
             start = time.perf_counter()
             if number == 0:
                 session.see(image)
-            stream = session.stream_ask(question, max_tokens=2, sampling=Sampling())
+            stream = session.stream_ask(question, max_tokens=2, sampling=Sampling(temperature=0))
             tokens.append(next(stream).token)
             times.append(time.perf_counter() - start)
             for _ in stream:

@@ -20,7 +20,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_lfm2vl import CacheOptions, load
-from mlx_lfm2vl.generation.generate import generate_step, read_prompt
+from mlx_lfm2vl.generation.engine import prefill
+from mlx_lfm2vl.generation.generate import generate_step
 from mlx_lfm2vl.measuring.machine import repeat, seconds, this_machine
 from mlx_lfm2vl.models.cache import BatchKVCache, Cache, ConvCache, KVCache
 from mlx_lfm2vl.models.lfm2_vl import Lfm2VlForConditionalGeneration
@@ -98,8 +99,9 @@ class Scaling:
 
             def read(embeddings: mx.array = embeddings) -> list[mx.array]:
                 cache = self.model.make_cache()
-                logits = read_prompt(self.language_model, embeddings, cache)
-                return [logits, *(array for entry in cache for array in entry.state)]
+                *_, hidden = prefill(self.language_model, embeddings, cache)
+                logits = self.language_model.logits(hidden[:, -1])
+                return [logits, *(array for entry in cache for array in entry.arrays)]
 
             yield self.point("prefill", length, lambda read=read: seconds(read))
 

@@ -13,7 +13,7 @@ from tkinter import ttk
 
 from PIL import Image, ImageTk
 
-from mlx_lfm2vl import Request, RequestCancelled, Worker
+from mlx_lfm2vl import AnswerCancelled, PendingAnswer, Worker
 from mlx_lfm2vl.prompts.image_source import load_image
 
 POLL = 30  # milliseconds
@@ -28,7 +28,7 @@ class Window:
     ) -> None:
         self.root, self.worker, self.image = root, worker, image
         self.max_tokens, self.close_after = max_tokens, close_after
-        self.request: Request | None = None
+        self.request: PendingAnswer | None = None
         self.shown = 0  # characters of the answer
         root.title("LFM2-VL")
         root.geometry("960x560")
@@ -104,13 +104,13 @@ class Window:
         else:
             self.root.after(POLL, self.poll)
 
-    def finish(self, request: Request) -> None:
+    def finish(self, request: PendingAnswer) -> None:
         self.request = None
         self.ask_button.state(["!disabled"])
         self.stop_button.state(["disabled"])
         try:
             request.result()
-        except RequestCancelled:
+        except AnswerCancelled:
             self.status["text"] = "Stopped"
         except Exception as error:  # noqa: BLE001 - whatever it is, the user reads it
             self.status["text"] = f"{type(error).__name__}: {error}"

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
         SnapshotError,
         TrainError,
         WeightsError,
-    )
+    )  # fmt: skip
     from .generation.answer import GenerationResponse
-    from .generation.batch import BatchRequest, BatchResult, batch_generate, stream_batch
+    from .generation.batch import BatchResult, batch_generate, stream_batch
+    from .generation.engine import Engine
     from .generation.generate import generate, stream_generate
     from .models.config import Lfm2VlConfig
     from .models.lfm2_vl import (
@@ -39,101 +40,46 @@ if TYPE_CHECKING:
     from .options import CacheOptions, ImageOptions, ImageProcessorConfig, Sampling
     from .prompts.image_processor import Lfm2VlImageProcessor
     from .prompts.processor import Lfm2VlProcessor, Prompt
+    from .prompts.question import Question
+    from .serving.pending import AnswerCancelled, PendingAnswer
+    from .serving.prefixes import PrefixStore
     from .serving.session import Session, Usage
-    from .serving.worker import Request, RequestCancelled, Worker
+    from .serving.worker import Worker
     from .training.data import read_dataset
     from .training.trainer import Trainer, TrainingOptions
 
-# name -> module; imported when first used, so that `import mlx_lfm2vl` costs next to nothing
+# module -> names; imported when first used, so that `import mlx_lfm2vl` costs next to nothing
 _EXPORTS = {
-    "BatchRequest": "generation.batch",
-    "BatchResult": "generation.batch",
-    "CacheOptions": "options",
-    "ConfigError": "errors",
-    "ConvertError": "errors",
-    "DataError": "errors",
-    "GenerationResponse": "generation.answer",
-    "ImageError": "errors",
-    "ImageOptions": "options",
-    "ImageProcessorConfig": "options",
-    "Lfm2VlConfig": "models.config",
-    "Lfm2VlError": "errors",
-    "Lfm2VlForConditionalGeneration": "models.lfm2_vl",
-    "Lfm2VlImageProcessor": "prompts.image_processor",
-    "Lfm2VlImageOutput": "models.lfm2_vl",
-    "Lfm2VlModel": "models.lfm2_vl",
-    "Lfm2VlModelOutput": "models.lfm2_vl",
-    "Lfm2VlOutput": "models.lfm2_vl",
-    "Lfm2VlProcessor": "prompts.processor",
-    "ModelNotFoundError": "errors",
-    "Prompt": "prompts.processor",
-    "PromptError": "errors",
-    "Quantization": "conversion.recipes",
-    "Request": "serving.worker",
-    "RequestCancelled": "serving.worker",
-    "Sampling": "options",
-    "Session": "serving.session",
-    "SnapshotError": "errors",
-    "TrainError": "errors",
-    "Trainer": "training.trainer",
-    "TrainingOptions": "training.trainer",
-    "Usage": "serving.session",
-    "WeightsError": "errors",
-    "Worker": "serving.worker",
-    "batch_generate": "generation.batch",
-    "convert": "conversion.plan",
-    "fuse": "conversion.fuse",
-    "generate": "generation.generate",
-    "load": "checkpoints.loading",
-    "read_dataset": "training.data",
-    "stream_batch": "generation.batch",
-    "stream_generate": "generation.generate",
+    name: module
+    for module, names in {
+        "checkpoints.loading": "load",
+        "conversion.fuse": "fuse",
+        "conversion.plan": "convert",
+        "conversion.recipes": "Quantization",
+        "errors": "ConfigError ConvertError DataError ImageError Lfm2VlError ModelNotFoundError "
+        "PromptError SnapshotError TrainError WeightsError",
+        "generation.answer": "GenerationResponse",
+        "generation.batch": "BatchResult batch_generate stream_batch",
+        "generation.engine": "Engine",
+        "generation.generate": "generate stream_generate",
+        "models.config": "Lfm2VlConfig",
+        "models.lfm2_vl": "Lfm2VlForConditionalGeneration Lfm2VlImageOutput Lfm2VlModel "
+        "Lfm2VlModelOutput Lfm2VlOutput",
+        "options": "CacheOptions ImageOptions ImageProcessorConfig Sampling",
+        "prompts.image_processor": "Lfm2VlImageProcessor",
+        "prompts.processor": "Lfm2VlProcessor Prompt",
+        "prompts.question": "Question",
+        "serving.pending": "AnswerCancelled PendingAnswer",
+        "serving.prefixes": "PrefixStore",
+        "serving.session": "Session Usage",
+        "serving.worker": "Worker",
+        "training.data": "read_dataset",
+        "training.trainer": "Trainer TrainingOptions",
+    }.items()
+    for name in names.split()
 }
-__all__ = [
-    "BatchRequest",
-    "BatchResult",
-    "CacheOptions",
-    "ConfigError",
-    "ConvertError",
-    "DataError",
-    "GenerationResponse",
-    "ImageError",
-    "ImageOptions",
-    "ImageProcessorConfig",
-    "Lfm2VlConfig",
-    "Lfm2VlError",
-    "Lfm2VlForConditionalGeneration",
-    "Lfm2VlImageOutput",
-    "Lfm2VlImageProcessor",
-    "Lfm2VlModel",
-    "Lfm2VlModelOutput",
-    "Lfm2VlOutput",
-    "Lfm2VlProcessor",
-    "ModelNotFoundError",
-    "Prompt",
-    "PromptError",
-    "Quantization",
-    "Request",
-    "RequestCancelled",
-    "Sampling",
-    "Session",
-    "SnapshotError",
-    "TrainError",
-    "Trainer",
-    "TrainingOptions",
-    "Usage",
-    "WeightsError",
-    "Worker",
-    "__version__",
-    "batch_generate",
-    "convert",
-    "fuse",
-    "generate",
-    "load",
-    "read_dataset",
-    "stream_batch",
-    "stream_generate",
-]
+
+__all__ = [*sorted(_EXPORTS), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -141,8 +87,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
-    globals()[name] = value
+    value = globals()[name] = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
     return value
 
 

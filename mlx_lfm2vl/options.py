@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from .errors import ConfigError
+from .errors import ConfigError, Lfm2VlError
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -72,12 +73,53 @@ class ImageOptions:
 
     def apply(self, config: ImageProcessorConfig) -> ImageProcessorConfig:
         """The settings with these changes; a ConfigError names what does not fit."""
-        changes = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(config, **{k: v for k, v in changes.items() if v is not None})
+        return replace(config, **_given(self))
+
+
+class Bound(NamedTuple):
+    """What a number may be: of a kind, between two others; or 0, if that turns it off."""
+
+    kind: type
+    least: float
+    most: float
+    zero: bool = False
+
+    def check(self, name: str, value: Any, error: type[Lfm2VlError] = ConfigError) -> None:
+        """Raises an error that names the value; None is always right."""
+        kinds = (int, float) if self.kind is float else self.kind
+        number = isinstance(value, kinds) and not isinstance(value, bool)
+        inside = number and (self.least <= value <= self.most or (self.zero and value == 0))
+        if value is not None and not inside:
+            raise error(f"{name} is {value!r}; it must be {self}")
+
+    def __str__(self) -> str:
+        what = "a whole number" if self.kind is int else "a number"
+        off = "0, or " if self.zero else ""
+        return f"{off}{what} from {self.least:.16g} to {self.most:.16g}"
+
+
+def check_fields(options: Any, bounds: Mapping[str, Bound]) -> None:
+    """Checks the fields of a dataclass that have bounds; a ConfigError names the first bad one."""
+    for name, bound in bounds.items():
+        bound.check(name, getattr(options, name))
+
+
+MOST = 2**31 - 1  # of whole numbers that reach the device
+SEED = Bound(int, 0, 2**64 - 1)
+MAX_TOKENS = Bound(int, 1, MOST)
+# float32 can tell these from 0; beyond them a quotient overflows
+SAMPLING_BOUNDS = {
+    "temperature": Bound(float, 1e-3, 1e3, zero=True),
+    "top_p": Bound(float, 1e-6, 1, zero=True),
+    "top_k": Bound(int, 0, MOST),
+    "min_p": Bound(float, 1e-6, 1, zero=True),
+    "repetition_penalty": Bound(float, 1e-2, 1e2),
+    "repetition_context_size": Bound(int, 1, MOST),
+}
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingConfig:
     """How the next token is chosen. Temperature 0 is greedy; 0 (1.0 for the penalty) turns off."""
 
     temperature: float = 0.0
@@ -88,44 +130,40 @@ class Sampling:
     repetition_context_size: int = 20  # tokens
 
     def __post_init__(self) -> None:
-        checks = (
-            (self.temperature >= 0, "temperature", self.temperature, "0 or more"),
-            (0 <= self.top_p <= 1, "top_p", self.top_p, "between 0 and 1"),
-            (self.top_k >= 0, "top_k", self.top_k, "0 or more"),
-            (0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1"),
-            (self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty,
-             "more than 0"),
-            (self.repetition_context_size >= 1, "repetition_context_size",
-             self.repetition_context_size, "1 or more"),
-        )  # fmt: skip
-        for good, key, value, right in checks:
-            if not good:
-                raise ConfigError(f"sampling: {key} is {value}; it must be {right}")
+        check_fields(self, SAMPLING_BOUNDS)
 
-    def override(
-        self,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        repetition_context_size: int | None = None,
-    ) -> Sampling:
-        """These settings with a caller's own on top; None keeps.
 
-        A caller who asks for temperature 0 wants plain greedy decoding, so no recommended filter
-        or penalty survives that, only those the caller states, too.
-        """
-        stated: dict[str, Any] = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "repetition_context_size": repetition_context_size,
-        }
-        base = Sampling() if temperature == 0 else self
-        return replace(base, **{key: value for key, value in stated.items() if value is not None})
+@dataclass(frozen=True)
+class Sampling:
+    """A question's changes of a checkpoint's recommended sampling; None keeps.
+
+    The fields mean what they mean in `SamplingConfig`. Temperature 0 alone is plain greedy
+    decoding: no recommended filter or penalty survives it, only those that are given, too.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    repetition_context_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, SAMPLING_BOUNDS)
+
+    def apply(self, config: SamplingConfig) -> SamplingConfig:
+        """The settings with these changes."""
+        base = SamplingConfig() if self.temperature == 0 else config
+        return replace(base, **_given(self))
+
+    def override(self, other: Sampling) -> Sampling:
+        """These changes with another's on top."""
+        return replace(self, **_given(other))
+
+
+def _given(options: Any) -> dict[str, Any]:
+    values = {f.name: getattr(options, f.name) for f in fields(options)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -134,7 +172,8 @@ class CacheOptions:
 
     Attributes:
         max_kv_size: positions that an attention layer keeps at most; None keeps all.
-        keep: how many first positions of these never leave; None takes the whole prompt.
+        keep: how many first positions of these never leave. None takes the first turn: all up to
+            where the first answer begins, so system message, first question and its images.
         kv_bits: 4 or 8 stores keys and values as integers.
         kv_group_size: values that share a scale, along the head dimension.
         quantized_kv_start: position from which on they are integers, as in mlx-lm.
@@ -147,33 +186,38 @@ class CacheOptions:
     quantized_kv_start: int = 5000
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            {
+                "max_kv_size": Bound(int, 2, MOST),
+                "keep": Bound(int, 0, MOST),
+                "quantized_kv_start": Bound(int, 0, MOST),
+            },
+        )
         size, keep = self.max_kv_size, self.keep
         checks = (
-            (size is None or size >= 2, "max_kv_size", size, "2 or more"),
             (keep is None or size is not None, "keep", keep, "left out without max_kv_size"),
-            (keep is None or size is None or 0 <= keep < size, "keep", keep,
-             f"0 or more, and below max_kv_size ({size})"),
+            (keep is None or size is None or keep < size, "keep", keep,
+             f"below max_kv_size ({size})"),
             (self.kv_bits in (None, 4, 8), "kv_bits", self.kv_bits, "4 or 8"),
             (self.kv_bits is None or size is None, "kv_bits", self.kv_bits,
              "left out with max_kv_size: a rotating cache is not quantized"),
             (self.kv_group_size in (32, 64, 128), "kv_group_size", self.kv_group_size,
              "32, 64 or 128"),
-            (self.quantized_kv_start >= 0, "quantized_kv_start", self.quantized_kv_start,
-             "0 or more"),
         )  # fmt: skip
         for good, key, value, right in checks:
             if not good:
-                raise ConfigError(f"cache: {key} is {value}; it must be {right}")
+                raise ConfigError(f"{key} is {value!r}; it must be {right}")
 
 
 # What the model cards recommend; most generation_config.json files hold only token ids
-FAMILY_SAMPLING = Sampling(temperature=0.1, min_p=0.15, repetition_penalty=1.05)
+FAMILY_SAMPLING = SamplingConfig(temperature=0.1, min_p=0.15, repetition_penalty=1.05)
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
     """Recommended sampling of a checkpoint, and the tokens that end an answer."""
 
-    sampling: Sampling = FAMILY_SAMPLING
+    sampling: SamplingConfig = FAMILY_SAMPLING
     sampling_source: str = "model card"
     eos_token_ids: tuple[int, ...] = ()

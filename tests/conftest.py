@@ -42,12 +42,14 @@ class Work:
         views: of each call of the vision encoder.
         passes: positions of each pass through the language model.
         projected: positions of each projection to the vocabulary.
+        steps: rows of each decode step.
         traces: how often a decode step was traced, which computes nothing.
     """
 
     views: list[int] = field(default_factory=list)
     passes: list[int] = field(default_factory=list)
     projected: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
     traces: int = 0
     in_step: bool = False
 
@@ -63,7 +65,6 @@ class Work:
 def work(monkeypatch) -> Work:
     """Counts what all models do meanwhile."""
     from mlx_lfm2vl.generation.decoding import DecodeStep
-    from mlx_lfm2vl.models.cache import QuantizedKVCache
     from mlx_lfm2vl.models.lfm2 import Lfm2ForCausalLM, Lfm2Model
     from mlx_lfm2vl.models.siglip2 import Siglip2VisionModel
 
@@ -87,15 +88,15 @@ def work(monkeypatch) -> Work:
             work.projected.append(hidden.size // hidden.shape[-1])
         return project(self, hidden)
 
-    def counting_step(self, token_ids, cache):
-        # a replayed graph calls nothing in Python; integers in the cache are not traced
-        if any(isinstance(entry, QuantizedKVCache) for entry in cache):
-            return step(self, token_ids, cache)
-        work.passes.append(1)
-        work.projected.append(1)
+    def counting_step(self, weights, token_ids, *args):
+        # a replayed graph calls nothing in Python
+        rows = token_ids.shape[0]
+        work.passes.append(rows)
+        work.projected.append(rows)
+        work.steps.append(rows)
         work.in_step = True
         try:
-            return step(self, token_ids, cache)
+            return step(self, weights, token_ids, *args)
         finally:
             work.in_step = False
 

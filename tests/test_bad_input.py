@@ -116,7 +116,7 @@ def test_unreachable_url(fails):
         (["--temp", "-1"], "temperature is -1"),
         (["--min-p", "2"], "min_p is 2"),
         (["--dtype", "int8"], "int8"),
-        (["--stop", ""], "stop text is empty"),
+        (["--stop", ""], "stop is ['']"),
         (["--max-kv-size", "6"], "more than half of max_kv_size 6"),
         (["--kv-bits", "5"], "kv_bits is 5"),
         (["--min-tiles", "4", "--max-tiles", "2", "--image", "x.png"], "max_tiles is 2"),

@@ -5,23 +5,22 @@ import random
 import pytest
 
 from mlx_lfm2vl import (
-    BatchRequest,
     ImageError,
     PromptError,
+    Question,
     Sampling,
     batch_generate,
     generate,
     stream_batch,
     stream_generate,
 )
-from mlx_lfm2vl.models.lfm2 import Lfm2Model
 
 from .checkpoints.pictures import picture
 
-GREEDY = Sampling()
+GREEDY = Sampling(temperature=0)
 
 
-def rows(count: int = 16) -> list[BatchRequest]:
+def rows(count: int = 16) -> list[Question]:
     """Ragged rows: no, one and several images, short and long texts, own lengths and stops."""
     pick = random.Random(4)
     made = []
@@ -29,11 +28,15 @@ def rows(count: int = 16) -> list[BatchRequest]:
         images = [picture(40 + 7 * n, 30 + 5 * i, n + i) for i in range(pick.choice([0, 1, 1, 3]))]
         text = " ".join(["Count the cats."] * pick.randint(1, 6))
         stop = ("e",) if n % 5 == 4 else ()
-        made.append(BatchRequest(text, images, pick.choice([1, 2, 7, 20, 33]), GREEDY, stop=stop))
+        made.append(
+            Question(
+                text, images, max_tokens=pick.choice([1, 2, 7, 20, 33]), sampling=GREEDY, stop=stop
+            )
+        )
     return made
 
 
-def alone(loaded, request: BatchRequest) -> str:
+def alone(loaded, request: Question) -> str:
     return generate(
         *loaded(),
         request.prompt,
@@ -85,28 +88,19 @@ def test_results_come_as_they_finish_and_rows_join_late(loaded, expected):
     assert finished != sorted(finished), "rows of other lengths ended in order"
 
 
-def test_rows_decode_together(loaded, monkeypatch):
+def test_rows_decode_together(loaded, work):
     """Counted, not timed: a step of eight rows is one pass through the model."""
-    passes = []
-    forward = Lfm2Model.__call__
-
-    def counting(self, embeddings, *args, **kwargs):
-        passes.append(embeddings.shape[:2])
-        return forward(self, embeddings, *args, **kwargs)
-
-    monkeypatch.setattr(Lfm2Model, "__call__", counting)
-    requests = [BatchRequest("Count" + "!" * n, None, 10, GREEDY) for n in range(8)]
-    batch_generate(*loaded(), requests, batch_size=8)
-    prompts = [(1, len(loaded()[1](request.prompt).token_ids)) for request in requests]
-    assert passes[:8] == prompts, "a prompt is read in one pass"
-    assert [shape for shape in passes if shape[0] == 8] == [(8, 1)] * 9
-    assert all(shape[0] in (1, 8) for shape in passes)
+    questions = [Question("Count" + "!" * n, max_tokens=10, sampling=GREEDY) for n in range(8)]
+    prompts = [len(question.prepare(loaded()[1]).token_ids) for question in questions]
+    batch_generate(*loaded(), questions, batch_size=8)
+    assert work.passes[:8] == prompts, "a prompt is read in one pass"
+    assert work.steps == [8] * 9
 
 
 def test_sampled_rows_with_seeds_do_not_depend_on_neighbours(loaded):
     hot = Sampling(temperature=2.0, min_p=0.01, repetition_penalty=1.2)
-    requests = [BatchRequest("Count", None, 12, hot, seed=n) for n in range(6)]
-    requests[3] = BatchRequest("Count", None, 12, GREEDY)
+    requests = [Question("Count", max_tokens=12, sampling=hot, seed=n) for n in range(6)]
+    requests[3] = Question("Count", max_tokens=12, sampling=GREEDY)
     together = [result.text for result in batch_generate(*loaded(), requests, batch_size=6)]
     in_pairs = [result.text for result in batch_generate(*loaded(), requests, batch_size=2)]
     assert together == in_pairs
@@ -134,8 +128,8 @@ def test_plain_texts_and_progress(loaded):
 
 def test_bad_rows(loaded, tmp_path):
     with pytest.raises(ImageError, match="missing"):
-        batch_generate(*loaded(), [BatchRequest("a", [tmp_path / "missing.png"])])
+        batch_generate(*loaded(), [Question("a", [tmp_path / "missing.png"])])
     with pytest.raises(PromptError, match="batch_size is 0"):
         batch_generate(*loaded(), ["a"], batch_size=0)
     with pytest.raises(PromptError, match="max_tokens is 0"):
-        batch_generate(*loaded(), [BatchRequest("a", max_tokens=0)])
+        batch_generate(*loaded(), [Question("a", max_tokens=0)])

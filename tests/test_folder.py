@@ -7,7 +7,6 @@ import json
 import os
 import pty
 import random
-import shlex
 import shutil
 import signal
 import struct
@@ -23,16 +22,15 @@ import pytest
 from PIL import Image
 
 from mlx_lfm2vl import ImageError, generate
+from mlx_lfm2vl.cli import batch as folder_module
 from mlx_lfm2vl.cli.batch import build_parser, main
 from mlx_lfm2vl.prompts.image_source import load_image
-from mlx_lfm2vl.serving import folder as folder_module
 from mlx_lfm2vl.serving.folder import LOOK_AHEAD, Lines, Task, find_images, look_ahead
 
 from .checkpoints.pictures import picture
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FIXTURES = Path(__file__).parent / "checkpoints"
-LAUNCH = Path(sys.executable).with_name("mlx.launch")
 FLAGS = ("--model", FIXTURES / "v5", "--prompt", "What?", "--temp", "0", "--max-tokens", "2")
 
 
@@ -80,10 +78,6 @@ def run(capsys):
 
 def command(*arguments):
     return [sys.executable, "-m", "mlx_lfm2vl.batch", *map(str, (*FLAGS, *arguments))]
-
-
-def launch(processes, *arguments):
-    return [LAUNCH, "-n", str(processes), "--backend", "ring", "--", *command(*arguments)]
 
 
 def entries(path):
@@ -145,64 +139,36 @@ def test_killed_twice_and_resumed(seed, many, answers, tmp_path):
     assert by_image(out) == answers
 
 
-def test_two_processes_say_the_same_as_one(many, answers, tmp_path):
-    out = tmp_path / "out.jsonl"
-    arguments = launch(2, "--images", many, "--output", out)
-    run = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert run.stderr.count("300 images answered") == 1
-    assert by_image(out) == answers
-    assert list(tmp_path.iterdir()) == [out]
+def test_shards_together_are_the_whole(run, many, answers, tmp_path):
+    found = {}
+    for number in (1, 2, 3):
+        out = tmp_path / f"{number}.jsonl"
+        assert run("--images", many, "--output", out, "--shard", f"{number}/3")[0] == 0
+        assert len(by_image(out)) == 100
+        found |= by_image(out)
+    assert found == answers
+    joined = tmp_path / "joined.jsonl"
+    joined.write_bytes(b"".join(sorted((tmp_path / f"{n}.jsonl").read_bytes() for n in (1, 2, 3))))
+    code, err = run("--images", many, "--output", joined)
+    assert (code, "300 were done before" in err) == (0, True)
+    for wrong in ("0/2", "3/2", "1", "a/b"):
+        with pytest.raises(SystemExit):
+            build_parser().parse_args(["--images", "x", "-o", "y", "-p", "z", "--shard", wrong])
 
 
-def test_killed_with_two_processes_and_resumed_with_three_and_one(many, answers, tmp_path):
-    out = tmp_path / "out.jsonl"
-    rng = random.Random(3)
-    for processes, lines in ((2, rng.randint(20, 90)), (3, rng.randint(120, 200))):
-        process = start(launch(processes, "--images", many, "--output", out))
-        kill_after(process, tmp_path, lines)
-        wait_for_locks(tmp_path)
-    subprocess.run(command("--images", many, "--output", out), check=True, capture_output=True)
-    assert by_image(out) == answers
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_machines_that_see_other_images_are_refused(few, tmp_path):
-    for rank in range(2):
-        (tmp_path / f"images{rank}").mkdir()
-        shutil.copy(few / "000.png", tmp_path / f"images{rank}" / f"{rank}.png")
-    (tmp_path / "out").mkdir()
-    line = shlex.join(command("--output", tmp_path / "out" / "out.jsonl", "--images"))
-    script = f"exec {line} {shlex.quote(str(tmp_path))}/images$MLX_RANK"
-    arguments = [LAUNCH, "-n", "2", "--backend", "ring", "--", "bash", "-c", script]
-    run = subprocess.run(arguments, capture_output=True, text=True)
-    assert "the machines do not see the same images" in run.stderr
-    assert lines_in(tmp_path / "out") == 0
-
-
-def wait_for_locks(folder):
-    """A process that is killed keeps its files until the system has taken it down."""
-    for path in folder.iterdir():
-        for _ in range(1000):
-            try:
-                with Lines(path):
-                    break
-            except ValueError:
-                time.sleep(0.01)
-
-
-def test_a_merge_that_was_killed_doubles_nothing(run, few, tmp_path):
-    out = tmp_path / "out.jsonl"
-    assert run("--images", few, "--output", out)[0] == 0
-    whole = out.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    # the first three were moved already, the part was not yet removed
-    out.write_bytes(b"".join(lines[:3]))
-    (tmp_path / "out.jsonl.part0").write_bytes(b"".join(lines[:5]))
-    (tmp_path / "out.jsonl.part12").write_bytes(lines[5] + lines[6][:-9])
-    code, err = run("--images", few, "--output", out)
-    assert (code, "1 images answered" in err) == (0, True)
-    assert out.read_bytes() == whole
-    assert list(tmp_path.iterdir()) == [out]
+def test_rows_answer_together(many, tmp_path, run, work):
+    """Counted: 64 pictures, eight at a time, take at most a third of the steps of one at a time."""
+    images = sorted(str(path) for path in many.rglob("*.*"))[:64]
+    steps = {}
+    for size in (1, 8):
+        work.clear()
+        out = tmp_path / f"{size}.jsonl"
+        flags = (*FLAGS[:-1], 12, "--batch-size", size)
+        assert run("--images", *images, "--output", out, flags=flags)[0] == 0
+        steps[size] = len(work.steps)
+    assert by_image(tmp_path / "1.jsonl") == by_image(tmp_path / "8.jsonl")
+    assert max(work.steps) == 8
+    assert steps[8] <= steps[1] / 3
 
 
 @pytest.mark.parametrize("torn", [b'{"im', b'{"image": "x', b"\0\0\0"])
@@ -450,6 +416,7 @@ def test_ctrl_c_leaves_whole_lines(many, tmp_path):
     arguments = command("--images", many, "--output", out)
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE)
     while lines_in(tmp_path) < 20:
+        assert process.poll() is None, process.communicate()
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
@@ -518,7 +485,7 @@ def test_threads_prepare_a_few_images_ahead_without_mlx(few, loaded, monkeypatch
     task = _task(options)
     assert isinstance(task, Task)
     images = find_images([str(few)]) * 5
-    prepared = look_ahead(task, processor, images, set())
+    prepared = look_ahead(task, processor, images, set(), LOOK_AHEAD)
     next(prepared)
     time.sleep(0.3)
     assert len(taken) == LOOK_AHEAD + 1, "bounded"
@@ -551,7 +518,7 @@ def test_no_other_framework_is_loaded(arguments, tmp_path):
 
 def test_help_says_what_it_must():
     text = " ".join(build_parser().format_help().split())
-    for part in ("--images", "--output", "changed file", "old line stays", ".heic", "mlx.launch"):
+    for part in ("--images", "--output", "changed file", "old line stays", ".heic", "--shard"):
         assert part in text
 
 

@@ -145,10 +145,13 @@ def test_no_more_steps_than_tokens(loaded, work):
     """The last token launches no step, and only last positions meet the vocabulary."""
     model, processor = loaded()
     ids = processor("Once upon a time").token_ids
+    model.language_model.decode_step = None
     assert len(list(generate_step(ids, model, max_tokens=5))) == 5
     assert work.passes == [len(ids), 1, 1, 1, 1]
     assert work.projected == [1] * 5
     assert work.traces == 1, "a step is traced once, and then replayed"
+    list(generate_step(ids[:9], model, max_tokens=30))
+    assert work.traces == 1, "for the next answer, too"
 
 
 def test_seed_makes_sampling_repeatable(loaded):

@@ -5,12 +5,12 @@ import gc
 import mlx.core as mx
 import pytest
 
-from mlx_lfm2vl import BatchRequest, CacheOptions, Sampling, Session, batch_generate
+from mlx_lfm2vl import CacheOptions, Question, Sampling, Session, batch_generate
 from mlx_lfm2vl.generation.generate import generate_step
 
 from .checkpoints.pictures import picture
 
-GREEDY = Sampling()
+GREEDY = Sampling(temperature=0)
 
 
 def live() -> tuple[int, int]:
@@ -63,5 +63,5 @@ def test_200_questions(loaded, steady):
 
 def test_50_batches(loaded, steady):
     image = picture(60, 40)
-    requests = [BatchRequest("What?", image, n + 1, GREEDY) for n in range(5)]
+    requests = [Question("What?", image, max_tokens=n + 1, sampling=GREEDY) for n in range(5)]
     steady(lambda: batch_generate(*loaded(), requests, batch_size=3), 50)

@@ -1,5 +1,7 @@
 """Samplers and processors do what mlx-lm's do: same filters, same draws from the same seed."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx_lm.sample_utils as oracle
 import pytest
@@ -13,7 +15,7 @@ from mlx_lfm2vl.generation.sampling import (
     make_repetition_penalty,
     make_sampler,
 )
-from mlx_lfm2vl.options import FAMILY_SAMPLING
+from mlx_lfm2vl.options import FAMILY_SAMPLING, SamplingConfig
 
 VOCAB = 500
 
@@ -79,10 +81,10 @@ def test_a_penalty_of_one_costs_nothing():
 
 
 def test_temperature_zero_alone_is_plain_greedy():
-    assert FAMILY_SAMPLING.override(temperature=0) == Sampling()
-    kept = FAMILY_SAMPLING.override(temperature=0, repetition_penalty=1.2)
-    assert kept == Sampling(repetition_penalty=1.2)
-    assert FAMILY_SAMPLING.override(top_k=5).temperature == FAMILY_SAMPLING.temperature
+    assert Sampling(temperature=0).apply(FAMILY_SAMPLING) == SamplingConfig()
+    kept = Sampling(temperature=0, repetition_penalty=1.2).apply(FAMILY_SAMPLING)
+    assert kept == SamplingConfig(repetition_penalty=1.2)
+    assert Sampling(top_k=5).apply(FAMILY_SAMPLING) == replace(FAMILY_SAMPLING, top_k=5)
 
 
 @pytest.mark.parametrize(

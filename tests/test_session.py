@@ -18,11 +18,12 @@ from mlx_lfm2vl import (
     generate,
     load,
 )
+from mlx_lfm2vl.options import MOST
 
 from .checkpoints.pictures import picture
 from .conftest import FIXTURES
 
-GREEDY = Sampling()
+GREEDY = Sampling(temperature=0)
 
 
 def ask(session, question, tokens=6):
@@ -117,7 +118,7 @@ def test_a_turn_whose_answer_encodes_to_itself_is_not_read_again(loaded, work, m
         script = iter([*wanted, eos, eos])
         return lambda logprobs: mx.array([next(script)]), []
 
-    monkeypatch.setattr(sys.modules["mlx_lfm2vl.generation.generate"], "from_settings", speak)
+    monkeypatch.setattr(sys.modules["mlx_lfm2vl.generation.engine"], "from_settings", speak)
     for n, text in enumerate(("What?", "Where?", "Who?")):
         before = session.usage
         answer = session.send(text, max_tokens=50)
@@ -224,9 +225,9 @@ import json
 from mlx_lfm2vl import Sampling, Session, load
 session = Session(*load({str(FIXTURES / "v5")!r}, dtype="float32"))
 session.load({str(tmp_path / "talk.safetensors")!r})
-first = session.send("And this?", sampling=Sampling(), max_tokens=6)
+first = session.send("And this?", sampling=Sampling(temperature=0), max_tokens=6)
 usage = session.usage
-second = session.ask("Which is red?", sampling=Sampling(), max_tokens=6)
+second = session.ask("Which is red?", sampling=Sampling(temperature=0), max_tokens=6)
 print(json.dumps([first, second, usage.encoded_images, usage.reused_tokens]))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -287,14 +288,15 @@ def test_a_stream_left_early_leaves_the_conversation_as_it_was(loaded):
 def test_snapshots_are_bounded_by_bytes(loaded):
     session = Session(*loaded())
     session.see(RED)
-    room = 3 * session.snapshots.nbytes
-    session = Session(*loaded(), max_snapshot_bytes=room)
+    most = 3 * session.prefixes.nbytes
+    session = Session(*loaded(), max_prefix_bytes=most)
     for seed in range(12):
         session.reset()
         session.see(picture(60, 40, seed))
-        assert session.snapshots.nbytes <= room
-    assert len(session.snapshots.entries) == 3
-    nothing = Session(*loaded(), max_snapshot_bytes=0)
+        held = sum(entry.nbytes for entry in session.prefixes.entries.values())
+        assert session.prefixes.nbytes == held <= most
+    assert len(session.prefixes.entries) == 6, "a cache and the features of each of three images"
+    nothing = Session(*loaded(), max_prefix_bytes=0)
     nothing.see(RED)
     assert ask(nothing, "What?") == from_scratch(loaded, [turn("What?", RED)])
 
@@ -308,8 +310,8 @@ def test_sessions_with_bounded_and_quantized_caches(loaded, work):
             send(session, text, tokens=20)
         assert sum(work.views) == 0
         assert all(len(array.shape) < 4 or array.shape[2] <= options.max_kv_size
-                   for cache in session.snapshots.entries.values()
-                   for entry in cache for array in entry.state)  # fmt: skip
+                   for kept in session.prefixes.entries.values() if kept.length < MOST
+                   for entry in kept.value for array in entry.state)  # fmt: skip
 
 
 def test_image_features_can_be_passed_again(loaded, work):

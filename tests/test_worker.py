@@ -2,11 +2,11 @@
 
 import asyncio
 import gc
-import io
 import random
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +14,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lfm2vl import ImageError, ModelNotFoundError, PromptError, generate, load
+from mlx_lfm2vl import (
+    AnswerCancelled,
+    ImageError,
+    ModelNotFoundError,
+    PendingAnswer,
+    PromptError,
+    Worker,
+    generate,
+    load,
+)
 from mlx_lfm2vl.generation.decoding import DecodeStep
-from mlx_lfm2vl.serving.worker import RequestCancelled, Worker
 
 from .checkpoints.pictures import picture
 
@@ -38,22 +46,22 @@ def worker_threads():
     return [t for t in threading.enumerate() if t.name.startswith("mlx_lfm2vl")]
 
 
+class Gate:
+    """Keeps a worker busy until it is opened: a logits processor that waits."""
+
+    def __init__(self):
+        self.entered, self.opened = threading.Event(), threading.Event()
+
+    def __call__(self, tokens, logits):
+        self.entered.set()
+        assert self.opened.wait(WAIT)
+        return logits
+
+
 @pytest.fixture
 def gate(worker):
-    """Keeps the worker busy until it is opened: it reads an image from this file."""
-
-    class Gate(io.BytesIO):
-        def __init__(self):
-            super().__init__(b"no image")
-            self.entered, self.opened = threading.Event(), threading.Event()
-
-        def read(self, *size):
-            self.entered.set()
-            assert self.opened.wait(WAIT)
-            return super().read(*size)
-
     gate = Gate()
-    gate.request = worker.submit("What?", gate)
+    gate.request = worker.submit("What?", max_tokens=1, logits_processors=[gate])
     assert gate.entered.wait(WAIT)
     yield gate
     gate.opened.set()
@@ -154,7 +162,7 @@ def test_a_cancelled_task_cancels_its_request(worker, gate):
         asyncio.run(main())
     assert request.done
     assert request.responses == []
-    with pytest.raises(RequestCancelled):
+    with pytest.raises(AnswerCancelled):
         request.result()
 
 
@@ -177,9 +185,8 @@ def test_only_the_latest_frame_waits(worker, gate):
     plain = ask("A third?")
     for frame in frames[:-1]:
         assert frame.done, "dropped at once, not when its turn comes"
-        with pytest.raises(RequestCancelled, match="later request for 'camera'"):
+        with pytest.raises(AnswerCancelled, match="later question for 'camera'"):
             frame.result()
-        assert frame._ask is None, "its picture is gone"
     gate.opened.set()
     for request in (frames[-1], other, plain):
         request.result(WAIT)
@@ -207,7 +214,7 @@ def test_cancel_takes_effect_within_one_token(work):
         # the token under way, the step that runs ahead of it, and the one token of the second
         assert len(work.passes) - made <= 3
         assert len(request.responses) == kept, "a response came after cancel"
-        with pytest.raises(RequestCancelled):
+        with pytest.raises(AnswerCancelled):
             list(request)
 
 
@@ -234,8 +241,7 @@ def test_result_may_time_out(worker, gate):
         request.result(0.01)
     gate.opened.set()
     assert request.result(WAIT) is not None
-    with pytest.raises(ImageError):
-        gate.request.result(WAIT)
+    assert gate.request.result(WAIT) is not None
 
 
 def test_a_load_error_reaches_everyone(tmp_path):
@@ -270,9 +276,9 @@ def test_close_ends_everything(worker):
     worker.close()
     worker.close()
     for request in (running, waiting):
-        with pytest.raises(RequestCancelled, match="worker is closed"):
+        with pytest.raises(AnswerCancelled, match="worker is closed"):
             request.result(WAIT)
-    with pytest.raises(RequestCancelled, match="worker is closed"):
+    with pytest.raises(AnswerCancelled, match="worker is closed"):
         worker.submit("Hello").result(WAIT)
     assert worker_threads() == []
 
@@ -318,26 +324,37 @@ def test_memory_after_50_requests_is_that_after_the_first(worker):
             with pytest.raises(ImageError) as caught:
                 bad.result(WAIT)
             kept.append(caught.value)
-        worker.submit("Hello", max_tokens=1).result(WAIT)  # after it, the request is gone
         kept.append(request)
 
+    def memory():
+        """When all has ended and the worker waits again."""
+        for request in kept:
+            if isinstance(request, PendingAnswer) and not request.done:
+                request.result(WAIT)
+        found = []
+        while len(found) < 3 or len(set(found[-3:])) > 1:
+            time.sleep(0.05)
+            found.append((mx.get_active_memory(), mx.get_cache_memory()))
+        return found[-1]
+
     ask(0)
-    first = mx.get_active_memory()
+    first, _ = memory()
     for n in range(1, 51):
         ask(n)
-    assert mx.get_active_memory() == pytest.approx(first, rel=0.01)
-    assert mx.get_cache_memory() < 0.01 * first
+    active, cached = memory()
+    assert active == pytest.approx(first, rel=0.01)
+    assert cached < 0.01 * first
 
 
 def test_an_error_in_the_midst_keeps_no_memory(monkeypatch):
     """The traceback that a caller keeps does not keep the caches, nor the model."""
     step, steps = DecodeStep.__call__, []
 
-    def failing(self, token_ids, cache):
+    def failing(self, *args):
         steps.append(1)
         if len(steps) == 10:
             raise RuntimeError("out of memory")
-        return step(self, token_ids, cache)
+        return step(self, *args)
 
     monkeypatch.setattr(DecodeStep, "__call__", failing)
     gc.collect()

@@ -12,7 +12,7 @@ from typing import Any
 
 from world import DETECT, TASKS, Example, make_example, messages_of, unit_box
 
-from mlx_lfm2vl import BatchRequest, Sampling, batch_generate, load
+from mlx_lfm2vl import Question, Sampling, batch_generate, load
 
 MAX_TOKENS = 160
 BATCH = 32
@@ -79,7 +79,7 @@ def ask_all(
 ) -> list[str]:
     """Greedy answers to the first question of each example."""
     requests = [
-        BatchRequest(
+        Question(
             messages_of(example, example.pictures)[:1],
             max_tokens=MAX_TOKENS,
             sampling=Sampling(temperature=0.0),

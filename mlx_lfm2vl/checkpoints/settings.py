@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..files import Json, Reader, read_json
 from ..models.config import Lfm2VlConfig, _token_ids
-from ..options import GenerationConfig, ImageProcessorConfig, Sampling
+from ..options import GenerationConfig, ImageProcessorConfig, SamplingConfig
 
 
 def load_image_processor_config(folder: Path, model: Lfm2VlConfig) -> ImageProcessorConfig:
@@ -94,4 +94,4 @@ def load_generation_config(folder: Path, model: Lfm2VlConfig) -> GenerationConfi
         stated["temperature"] = 0.0
     else:
         stated.setdefault("temperature", 1.0)
-    return GenerationConfig(Sampling(**stated), file, eos)
+    return GenerationConfig(SamplingConfig(**stated), file, eos)

@@ -4,39 +4,41 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from .._version import __version__
 from ..errors import PromptError
 from ..options import DEFAULT_MAX_TOKENS, ImageOptions, Sampling
-from ..serving.folder import (
-    SUFFIXES,
-    Lines,
-    Task,
-    _answer_share,
-    _part,
-    _together,
-    find_images,
-    gather_parts,
+from ..serving.folder import SUFFIXES, Counts, Lines, Task, answer_all, find_images
+from .options import (
+    add_adapters,
+    add_image_options,
+    add_model,
+    add_sampling,
+    options_from,
+    positive,
 )
-from .options import add_image_options, add_model, add_sampling, options_from, positive
 from .terminal import run_command
 
 EPILOG = """\
 examples:
   %(prog)s --images photos --prompt "Describe this photo." --output captions.jsonl
   %(prog)s --images "scans/**/*.png" a.jpg --prompt "Read it." --output text.jsonl --temp 0
-  mlx.launch -n 2 -- %(prog)s --images photos --prompt "Describe it." --output captions.jsonl
+  %(prog)s --images photos --prompt "Describe it." --output part1.jsonl --shard 1/2
 
-Start the same command again to go on where it stopped. An image is known by its path and its
+Start the same command again to continue where it stopped. An image is known by its path and its
 content: a changed file is asked about again and gets a line of its own, the old line stays. A
 file that cannot be read gets a line with "error"; remove the line to have it tried again.
-Several processes or machines share one OUTPUT, on a disk that all of them see.
+Several processes or machines share the work by --shard, each with an OUTPUT of its own; join the
+files afterwards.
 """
 
 
@@ -62,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", "-p", required=True, help="the question about each image")
     parser.add_argument("--system", help="system message")
     parser.add_argument(
-        "--output", "-o", required=True, help="file for the answers (JSON lines), made or gone on"
+        "--output", "-o", required=True, help="file for the answers (JSON lines), made or continued"
     )
     parser.add_argument(
         "--max-tokens",
@@ -71,9 +73,31 @@ def build_parser() -> argparse.ArgumentParser:
         default=DEFAULT_MAX_TOKENS,
         help="longest answer in tokens (default: %(default)s)",
     )
+    add_adapters(parser)
+    parser.add_argument(
+        "--stop", nargs="+", action="extend", default=[], help="texts that end an answer"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, help="answers that grow at once (default: by memory)"
+    )
+    parser.add_argument(
+        "--shard",
+        type=shard,
+        default=(0, 1),
+        metavar="I/N",
+        help="take only every N-th image, the I-th of them first",
+    )
     add_sampling(parser)
     add_image_options(parser)
     return parser
+
+
+def shard(text: str) -> tuple[int, int]:
+    """`2/3`, the second of three, to (1, 3)."""
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text} must be I/N with I from 1 to N, as 1/2")
+    return int(match[1]) - 1, int(match[2])
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -86,33 +110,19 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def run(args: argparse.Namespace) -> None:
     """Does what the arguments ask for; errors are exceptions."""
     task = _task(args)
-    images = find_images(args.images)
+    images = find_images(args.images)[args.shard[0] :: args.shard[1]]
     output = Path(args.output).expanduser()
     started = time.perf_counter()
-
-    import mlx.core as mx
-
-    group = mx.distributed.init(strict=False)
-    if group.rank() > 0:
-        _together(group)  # before that the first process gathers what an earlier run has left
-        with Lines(_part(output, group.rank())) as part:
-            counts = _answer_share(group, task, images, output, part)
-        _together(group, *counts)
-        return
-    with Lines(output) as lines:
-        gather_parts(lines, task.settings)
-        _together(group)
-        counts = _answer_share(group, task, images, output, lines)
-        totals = _together(group, *counts)
-        gather_parts(lines, task.settings)
-    _write_summary(output, totals, time.perf_counter() - started)
+    with Lines(output) as lines, _progress(len(images)) as progress, _ctrl_c() as check:
+        counts = answer_all(
+            task, images, lines, batch_size=args.batch_size, progress=progress, check=check
+        )
+    _write_summary(output, counts, time.perf_counter() - started)
 
 
 def _task(args: argparse.Namespace) -> Task:
     if not args.prompt.strip():
         raise PromptError("the prompt is empty; ask something")
-    stated = {f.name: getattr(args, f.name) for f in fields(Sampling)}
-    Sampling().override(**stated)  # a wrong value is told before the model is loaded
     return Task(
         model=str(Path(args.model).resolve()) if os.path.isdir(args.model) else args.model,
         revision=args.revision,
@@ -120,17 +130,63 @@ def _task(args: argparse.Namespace) -> Task:
         prompt=args.prompt,
         system=args.system,
         max_tokens=args.max_tokens,
+        adapter_path=args.adapter_path,
+        stop=tuple(args.stop),
         seed=args.seed,
-        sampling=stated,
+        sampling=options_from(args, Sampling),
         image_options=options_from(args, ImageOptions),
     )
 
 
-def _write_summary(output: Path, counts: Sequence[int], seconds: float) -> None:
-    answers, errors, known = counts
-    parts = [f"{answers} images answered in {seconds:.1f} s ({answers / seconds:.2f} images/s)"]
-    if known:
-        parts.append(f"{known} were done before")
-    if errors:
-        parts.append(f"{errors} could not be read")
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[bool], None]]:
+    """A bar on stderr if that is a terminal; what was done before does not count as speed."""
+    from tqdm import tqdm
+
+    quiet = not sys.stderr.isatty()
+    with tqdm(total=total, unit="image", dynamic_ncols=True, file=sys.stderr, disable=quiet) as bar:
+
+        def step(known: bool) -> None:
+            if known and not quiet:
+                bar.initial += 1
+            bar.update()
+
+        yield step
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[Callable[[], None]]:
+    """Makes sure that Ctrl-C ends the work.
+
+    Its exception is lost where it comes while Python runs a finalizer, so it is kept and raised
+    again when the function that this yields is called.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    came = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: object) -> None:
+        came.set()
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if came.is_set():
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _write_summary(output: Path, counts: Counts, seconds: float) -> None:
+    answers, speed = counts.answered, counts.answered / seconds
+    parts = [f"{answers} images answered in {seconds:.1f} s ({speed:.2f} images/s)"]
+    if counts.known:
+        parts.append(f"{counts.known} were done before")
+    if counts.unreadable:
+        parts.append(f"{counts.unreadable} could not be read")
     sys.stderr.write(f"{', '.join(parts)}: {output}\n")

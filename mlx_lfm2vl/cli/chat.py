@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from ..errors import Lfm2VlError, PromptError
-from ..generation.answer import AnswerOptions, GenerationResponse
+from ..generation.answer import GenerationResponse
+from ..prompts.question import AnswerSettings
 from ..serving.session import Session
 
 HELP = """\
@@ -27,9 +28,9 @@ HELP = """\
 class Chat:
     """Reads lines, answers them, and obeys commands that begin with a slash."""
 
-    def __init__(self, session: Session, options: AnswerOptions, statistics: bool) -> None:
+    def __init__(self, session: Session, settings: AnswerSettings, statistics: bool) -> None:
         self.session = session
-        self.options = options
+        self.settings = settings
         self.statistics = statistics
         self.commands: dict[str, Callable[[str], None]] = {
             "/image": self._image,
@@ -77,15 +78,8 @@ class Chat:
             _write("\n(stopped; question and answer are not kept)\n")
 
     def _answer(self, message: str) -> None:
-        options = self.options
         response = None
-        for response in self.session.stream_send(
-            message,
-            max_tokens=options.max_tokens,
-            sampling=options.sampling,
-            seed=options.seed,
-            stop=options.stop,
-        ):
+        for response in self.session.stream_send(message, **self.settings):
             _write(response.text)
         _write("\n")
         if self.statistics and response is not None:

@@ -6,16 +6,24 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .._version import __version__
 from ..errors import PromptError
-from ..options import DEFAULT_MAX_TOKENS, CacheOptions, GenerationConfig, ImageOptions, Sampling
+from ..options import (
+    DEFAULT_MAX_TOKENS,
+    CacheOptions,
+    GenerationConfig,
+    ImageOptions,
+    Sampling,
+    SamplingConfig,
+)
 
 if TYPE_CHECKING:
     from ..generation.answer import GenerationResponse
     from ..prompts.processor import Lfm2VlProcessor, Prompt
+    from ..prompts.question import AnswerSettings
 from .options import (
     add_adapters,
     add_cache_options,
@@ -97,10 +105,9 @@ def run(args: argparse.Namespace) -> None:
     """Does what the arguments ask for; errors are exceptions."""
     image_options = options_from(args, ImageOptions)
     cache_options = options_from(args, CacheOptions)
-    stated = {f.name: getattr(args, f.name) for f in fields(Sampling)}
-    Sampling().override(**stated)  # a wrong value is told before the model is loaded
+    sampling = options_from(args, Sampling)  # a wrong value is told before the model is loaded
     if args.chat:
-        _chat(args, image_options, cache_options, stated)
+        _chat(args, image_options, cache_options, sampling)
         return
     messages = _messages(args)
     images = _images(args)
@@ -113,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
     )
     prompt = processor(messages, images, image_options=image_options)
     if args.verbose:
-        _write_settings(processor.generation_config, stated)
+        _write_settings(processor.generation_config, sampling)
     responses = stream_generate(
         model,
         processor,
@@ -123,10 +130,10 @@ def run(args: argparse.Namespace) -> None:
         stop=args.stop,
         cache_options=cache_options,
         measure_vision=args.verbose or args.json,
-        **stated,
+        sampling=sampling,
     )
     if args.json:
-        last = _print_json(args.model, processor, prompt, stated, responses)
+        last = _print_json(args.model, processor, prompt, sampling, responses)
     else:
         last = _print_text(responses)
     if args.verbose:
@@ -137,25 +144,28 @@ def _chat(
     args: argparse.Namespace,
     image_options: ImageOptions,
     cache_options: CacheOptions,
-    stated: dict[str, Any],
+    sampling: Sampling,
 ) -> None:
     if args.json or "-" in (args.prompt, *args.image):
         raise PromptError("--chat reads standard input itself, without --json and -")
 
     from ..checkpoints.loading import load
-    from ..generation.answer import AnswerOptions
     from ..serving.session import Session
     from .chat import Chat
 
     model, processor = load(
         args.model, dtype=args.dtype, revision=args.revision, adapter_path=args.adapter_path
     )
-    sampling = processor.generation_config.sampling.override(**stated)
-    options = AnswerOptions(args.max_tokens, sampling, args.seed, tuple(args.stop))
+    settings: AnswerSettings = {
+        "max_tokens": args.max_tokens,
+        "sampling": sampling,
+        "seed": args.seed,
+        "stop": args.stop,
+    }
     session = Session(
         model, processor, args.system, image_options=image_options, cache_options=cache_options
     )
-    Chat(session, options, args.verbose).run(args.image, args.prompt)
+    Chat(session, settings, args.verbose).run(args.image, args.prompt)
 
 
 def _images(args: argparse.Namespace) -> list[Any]:
@@ -193,7 +203,7 @@ def _print_json(
     model: str,
     processor: Lfm2VlProcessor,
     prompt: Prompt,
-    stated: dict[str, Any],
+    sampling: Sampling,
     responses: Iterator[GenerationResponse],
 ) -> GenerationResponse:
     text, tokens = "", []
@@ -209,7 +219,7 @@ def _print_json(
         "image_tokens": list(response.image_tokens),
         "image_views": [image.views for image in prompt.images],
         "generation_tokens": response.generation_tokens,
-        "sampling": asdict(processor.generation_config.sampling.override(**stated)),
+        "sampling": asdict(sampling.apply(processor.generation_config.sampling)),
         "timings": {
             "vision_s": response.vision_time,
             "time_to_first_token_s": response.time_to_first_token,
@@ -223,15 +233,15 @@ def _print_json(
     return response
 
 
-def _write_settings(config: GenerationConfig, stated: dict[str, Any]) -> None:
-    used = asdict(config.sampling.override(**stated))
+def _write_settings(config: GenerationConfig, sampling: Sampling) -> None:
+    used = asdict(sampling.apply(config.sampling))
     recommended = asdict(config.sampling)
     parts = []
     for name, value in used.items():
         source = "default"
-        if stated[name] is not None:
+        if getattr(sampling, name) is not None:
             source = "flag"
-        elif value != getattr(Sampling(), name) and value == recommended[name]:
+        elif value != getattr(SamplingConfig(), name) and value == recommended[name]:
             source = config.sampling_source
         parts.append(f"{name} {value:g} ({source})")
     sys.stderr.write(f"sampling: {', '.join(parts)}\n")

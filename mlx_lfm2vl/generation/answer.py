@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..errors import PromptError
-from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
-from ..options import Sampling
 from ..prompts.processor import Lfm2VlProcessor, Prompt
+from ..prompts.question import Question
 
 
 @dataclass(frozen=True)
@@ -48,32 +46,16 @@ class GenerationResponse:
     time_to_first_token: float
 
 
-@dataclass(frozen=True)
-class AnswerOptions:
-    """How long an answer may be, how its tokens are chosen, and what ends it."""
-
-    max_tokens: int
-    sampling: Sampling
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise PromptError(f"max_tokens is {self.max_tokens}; it must be 1 or more")
-        if not all(self.stop):
-            raise PromptError("a stop text is empty; it would end every answer at once")
-
-
 class Answer:
     """Turns tokens into text and knows when to end."""
 
-    def __init__(self, processor: Lfm2VlProcessor, options: AnswerOptions) -> None:
+    def __init__(self, processor: Lfm2VlProcessor, question: Question) -> None:
         tokenizer = processor.tokenizer
         ids = processor.generation_config.eos_token_ids
         self.eos_token_ids = frozenset(ids if ids else (tokenizer.eos_token_id,))
         self.detokenizer = tokenizer.detokenizer()
-        self.stop = options.stop
-        self.left = options.max_tokens
+        self.stop = question.stop
+        self.left = question.max_tokens
         self.held = ""  # text that may be the beginning of a stop text
 
     def add(self, token: int) -> tuple[str, str | None]:
@@ -110,24 +92,12 @@ class Clock:
     """Measures one answer, from the moment it is made."""
 
     def __init__(self, prompt: Prompt) -> None:
-        self.prompt = prompt
+        self.prompt_tokens = len(prompt.token_ids)
+        self.image_tokens = tuple(image.image_tokens for image in prompt.images)
         self.vision_time: float | None = None
         self.start = time.perf_counter()
         self.first = 0.0
         self.tokens = 0
-
-    def embed(
-        self, model: Lfm2VlForConditionalGeneration, image_features: mx.array | None, wait: bool
-    ) -> mx.array:
-        """(tokens, hidden) of the prompt; waits for the vision tower if its time is asked for."""
-        features: dict[str, mx.array] | None = {} if wait else None
-        embeddings = model.embed_prompt(
-            self.prompt, features=features, image_features=image_features
-        )
-        if features:
-            mx.eval(features)
-            self.vision_time = time.perf_counter() - self.start
-        return embeddings
 
     def response(
         self, text: str, token: int, logprobs: mx.array, finish_reason: str | None
@@ -143,14 +113,14 @@ class Clock:
             token=token,
             logprobs=logprobs,
             from_draft=False,
-            prompt_tokens=len(self.prompt.token_ids),
-            prompt_tps=len(self.prompt.token_ids) / waited,
+            prompt_tokens=self.prompt_tokens,
+            prompt_tps=self.prompt_tokens / waited,
             generation_tokens=self.tokens,
             # the first token belongs to the prompt's time
             generation_tps=(self.tokens - 1) / (now - self.first) if self.tokens > 1 else 0.0,
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=finish_reason,
-            image_tokens=tuple(image.image_tokens for image in self.prompt.images),
+            image_tokens=self.image_tokens,
             vision_time=self.vision_time,
             time_to_first_token=waited,
         )

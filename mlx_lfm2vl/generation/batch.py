@@ -1,57 +1,34 @@
-"""Many conversations at once: rows leave when they are done, and waiting ones take their place.
-
-`python -m mlx_lfm2vl.batch` answers one question about a folder of images, see `folder.py`.
-"""
+"""Many questions at once: rows leave when they are done, and waiting ones take their place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
-import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from ..errors import PromptError
-from ..models.cache import BatchKVCache, ConvCache, KVCache
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
-from ..options import DEFAULT_MAX_TOKENS, ImageOptions, Sampling
-from ..prompts.image_processor import NO_OPTIONS, ImageInput
+from ..options import Bound
 from ..prompts.messages import Conversation
 from ..prompts.processor import Lfm2VlProcessor, Prompt
-from .answer import Answer, AnswerOptions
-from .generate import read_prompt, wired_limit
-from .sampling import from_settings
+from ..prompts.question import Question
+from .engine import Engine, Row
+from .generate import as_question, wired_limit
 
 DEFAULT_BATCH_SIZE = 8
-
-
-@dataclass(frozen=True)
-class BatchRequest:
-    """One row, with settings of its own.
-
-    Attributes:
-        prompt, images: as `generate` takes them.
-        max_tokens: how long the answer may be.
-        sampling: None takes the checkpoint's recommendation.
-        seed: makes this row repeatable, whatever its neighbours do.
-        stop: texts that end the answer.
-    """
-
-    prompt: Conversation | Prompt
-    images: ImageInput | Sequence[ImageInput] | None = None
-    max_tokens: int = DEFAULT_MAX_TOKENS
-    sampling: Sampling | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    image_options: ImageOptions = NO_OPTIONS
+BATCH_SIZE = Bound(int, 1, 4096)
+MOST_ROWS = 16  # of what is chosen by memory; wider steps gain little
+TYPICAL_POSITIONS = 4096  # a large image, a question, an answer
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """The answer to one row.
+    """The answer to one question.
 
     Attributes:
-        index: which request, counted from 0.
+        index: which question, counted from 0.
         text, tokens: the answer.
         finish_reason: "stop" or "length".
         prompt_tokens: positions of the prompt.
@@ -69,24 +46,25 @@ class BatchResult:
 def batch_generate(
     model: Lfm2VlForConditionalGeneration,
     processor: Lfm2VlProcessor,
-    requests: Iterable[Conversation | Prompt | BatchRequest],
+    questions: Iterable[Conversation | Prompt | Question],
     *,
     batch_size: int = DEFAULT_BATCH_SIZE,
     progress: Callable[[int], None] | None = None,
 ) -> list[BatchResult]:
-    """Answers many prompts, in their order. Each answer is the one that it would get alone.
+    """Answers many questions, in their order. Each answer is the one that it would get alone.
 
     Args:
-        requests: texts, conversations, prepared prompts, or `BatchRequest`s; taken when their
-            turn comes, so a generator may make them.
+        questions: texts, conversations, prepared prompts, or `Question`s; taken when their turn
+            comes, so a generator may make them.
         batch_size: how many are in work at once.
-        progress: called with the number of finished rows.
+        progress: called with the number of finished answers.
 
     Raises:
-        PromptError, ImageError: of the first request that makes no sense or cannot be read.
+        PromptError, ImageError, ConfigError: of the first question that makes no sense or cannot
+            be read.
     """
     results = []
-    for result in stream_batch(model, processor, requests, batch_size=batch_size):
+    for result in stream_batch(model, processor, questions, batch_size=batch_size):
         results.append(result)
         if progress is not None:
             progress(len(results))
@@ -96,160 +74,51 @@ def batch_generate(
 def stream_batch(
     model: Lfm2VlForConditionalGeneration,
     processor: Lfm2VlProcessor,
-    requests: Iterable[Conversation | Prompt | BatchRequest],
+    questions: Iterable[Conversation | Prompt | Question],
     *,
     batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> Iterator[BatchResult]:
     """As `batch_generate`, but yields each answer as it is finished."""
-    if batch_size < 1:
-        raise PromptError(f"batch_size is {batch_size}; it must be 1 or more")
-    waiting = enumerate(requests)
-    batch = _Batch(model)
+    BATCH_SIZE.check("batch_size", batch_size, PromptError)
+    # all prompts are read before a step: nobody watches a single answer grow
+    engine = Engine(model, processor, max_rows=batch_size, fair=False)
+    waiting = enumerate(questions)
+    pieces: dict[Row, tuple[int, list[str]]] = {}
     with wired_limit(model):
         while True:
-            arrivals = []
-            for index, request in waiting:
-                arrivals.append(_Row(index, request, model, processor))
-                if len(batch.rows) + len(arrivals) == batch_size:
-                    break
-            batch.join(arrivals)
-            if not batch.rows:
+            while len(pieces) < batch_size and (following := next(waiting, None)) is not None:
+                index, question = following
+                pieces[engine.add(as_question(question))] = index, []
+            if not pieces:
                 return
-            finished: list[BatchResult] = []
-            while not finished:
-                finished = batch.step()
-            yield from finished
+            for row, response, error in engine.step():
+                if error is not None:
+                    raise error
+                index, texts = pieces[row]
+                texts.append(response.text)
+                if row.finished:
+                    del pieces[row]
+                    yield BatchResult(
+                        index,
+                        "".join(texts),
+                        row.tokens,
+                        response.finish_reason,
+                        response.prompt_tokens,
+                        response.image_tokens,
+                    )
 
 
-class _Row:
-    """One conversation: its prompt is read alone, so nothing is padded there."""
-
-    def __init__(
-        self,
-        index: int,
-        request: Conversation | Prompt | BatchRequest,
-        model: Lfm2VlForConditionalGeneration,
-        processor: Lfm2VlProcessor,
-    ) -> None:
-        if not isinstance(request, BatchRequest):
-            request = BatchRequest(request)
-        prompt = request.prompt
-        if not isinstance(prompt, Prompt):
-            prompt = processor(prompt, request.images, image_options=request.image_options)
-        sampling = request.sampling
-        if sampling is None:
-            sampling = processor.generation_config.sampling
-        options = AnswerOptions(request.max_tokens, sampling, request.seed, request.stop)
-        self.index = index
-        self.prompt = prompt
-        self.answer = Answer(processor, options)
-        self.sampler, self.logits_processors = from_settings(sampling, request.seed)
-        self.history = mx.array(prompt.token_ids)
-        self.pieces: list[str] = []
-        self.tokens: list[int] = []
-        self.cache = model.make_cache()
-        self.first = self._read(model)
-
-    def _read(self, model: Lfm2VlForConditionalGeneration) -> mx.array:
-        """Reads the prompt; the first token (1,)."""
-        embeddings = model.embed_prompt(self.prompt)
-        y = self.choose(read_prompt(model.language_model, embeddings, self.cache))
-        mx.async_eval(y)
-        return y
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the most likely token is taken as it is."""
-        return self.sampler is None and not self.logits_processors
-
-    def choose(self, logits: mx.array) -> mx.array:
-        """(1, vocab) -> token (1,)."""
-        for processor in self.logits_processors:
-            logits = processor(self.history, logits)
-        if self.sampler is None:
-            return mx.argmax(logits, axis=-1)
-        return self.sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-
-    def take(self, token: int) -> BatchResult | None:
-        """Adds a token to the answer; the result, where it ends it."""
-        self.tokens.append(token)
-        text, finish_reason = self.answer.add(token)
-        self.pieces.append(text)
-        if finish_reason is None:
-            return None
-        return BatchResult(
-            self.index,
-            "".join(self.pieces),
-            self.tokens,
-            finish_reason,
-            len(self.prompt.token_ids),
-            tuple(image.image_tokens for image in self.prompt.images),
-        )
-
-
-@dataclass
-class _Batch:
-    """The rows that decode together, their caches joined, and each one's next token."""
-
-    model: Lfm2VlForConditionalGeneration
-    rows: list[_Row] = field(default_factory=list)
-    cache: list[Any] = field(default_factory=list)  # BatchKVCache or ConvCache, as the layer is
-    y: mx.array | None = None
-
-    def join(self, arrivals: list[_Row]) -> None:
-        """Adds rows behind the present ones."""
-        if not arrivals:
-            return
-        parts = [row.cache for row in arrivals]
-        if not self.rows:
-            self.cache = [_merge([part[layer] for part in parts]) for layer in range(len(parts[0]))]
-        else:
-            for layer, entry in enumerate(self.cache):
-                entry.extend([part[layer] for part in parts])
-        present = [self.y] if self.y is not None and self.rows else []
-        self.y = mx.concatenate([*present, *(row.first for row in arrivals)])
-        self.rows = self.rows + arrivals
-        for row in arrivals:
-            row.cache = []
-
-    def step(self) -> list[BatchResult]:
-        """Takes one token for each row; the next ones are under way before these are read."""
-        assert self.y is not None
-        y, next_y = self.y, None
-        if any(row.answer.left > 1 for row in self.rows):
-            next_y = self._next(y)
-            mx.async_eval(next_y)
-        results = [
-            row.take(token)
-            for row, token in zip(self.rows, cast("list[int]", y.tolist()), strict=True)
-        ]
-        going = [i for i, result in enumerate(results) if result is None]
-        self.rows, self.y = [self.rows[i] for i in going], next_y
-        if not going:
-            self.cache, self.y = [], None
-        elif len(going) < len(results):
-            assert next_y is not None
-            self.y = next_y[mx.array(going)]
-            for entry in self.cache:
-                entry.filter(going)
-        return [result for result in results if result is not None]
-
-    def _next(self, y: mx.array) -> mx.array:
-        """Tokens (batch,) -> next tokens (batch,)."""
-        language_model = self.model.language_model
-        hidden = language_model.model(language_model.embed(y[:, None]), self.cache)
-        logits = language_model.logits(hidden.last_hidden_state[:, -1])
-        if all(row.is_plain for row in self.rows):
-            return mx.argmax(logits, axis=-1)
-        for i, row in enumerate(self.rows):
-            if row.logits_processors:
-                row.history = mx.concatenate([row.history, y[i : i + 1]])
-        return mx.concatenate([row.choose(logits[i : i + 1]) for i, row in enumerate(self.rows)])
-
-
-def _merge(entries: list[Any]) -> BatchKVCache | ConvCache:
-    if isinstance(entries[0], KVCache):
-        return BatchKVCache(entries)
-    joined = ConvCache()
-    joined.extend(entries)
-    return joined
+def suggested_batch_size(model: Lfm2VlForConditionalGeneration) -> int:
+    """How many answers may grow at once in half of the memory that the weights leave free."""
+    config = model.config.text_config
+    attention = config.layer_types.count("full_attention")
+    width = 2 * config.num_key_value_heads * config.head_dim
+    row = (
+        attention
+        * width
+        * TYPICAL_POSITIONS
+        * model.language_model.model.embedding_norm.weight.dtype.size
+    )
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 - weights
+    return max(1, min(MOST_ROWS, free // 2 // row))

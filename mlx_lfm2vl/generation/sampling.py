@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from ..options import Sampling
+from ..options import SamplingConfig
 
 Sampler = Callable[[mx.array], mx.array]  # log-probabilities (batch, vocab) -> tokens (batch,)
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]  # tokens so far, logits -> logits
@@ -70,7 +70,7 @@ def make_logits_processors(
 
 
 def from_settings(
-    sampling: Sampling, seed: int | None = None
+    sampling: SamplingConfig, seed: int | None = None
 ) -> tuple[Sampler | None, list[LogitsProcessor]]:
     """Sampler (None for greedy decoding) and logits processors for settings."""
     sampler = None

@@ -20,8 +20,8 @@ from mlx.utils import tree_flatten
 from ..checkpoints.hub import resolve_model
 from ..checkpoints.loading import load
 from ..errors import ImageError, PromptError
-from ..generation.batch import BatchRequest, stream_batch
-from ..generation.generate import generate_step, read_prompt, wired_limit
+from ..generation.batch import stream_batch
+from ..generation.generate import generate_step, wired_limit
 from ..models.cache import Cache, cache_nbytes, copy_cache
 from ..models.lfm2 import Lfm2ForCausalLM
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
@@ -29,12 +29,13 @@ from ..options import ImageOptions, Sampling
 from ..prompts.image_processor import NO_OPTIONS
 from ..prompts.image_source import RawImage, load_image
 from ..prompts.processor import Lfm2VlProcessor
+from ..prompts.question import Question
 from ..serving.session import Session
 from .machine import Machine, measure_bandwidth, repeat, seconds, this_machine
 
 Size = tuple[int, int]  # width and height in pixels
 QUESTIONS = ("What is in this image?", "What colours do you see?")
-GREEDY = Sampling()
+GREEDY = Sampling(temperature=0)
 DEFAULT_SIZE: Size = (640, 480)
 MAX_SIDE = 16384  # pixels of a made picture
 DEFAULT_ROUNDS = 3
@@ -273,8 +274,15 @@ class _ImageBench:
         def read() -> list[mx.array]:
             cache = self.model.make_cache()
             embeddings = self.model.embed_prompt(self.prompt, features=features)
-            logits = read_prompt(self.model.language_model, embeddings, cache)
-            return [mx.argmax(logits, axis=-1), *(a for entry in cache for a in entry.state)]
+            steps = generate_step(
+                self.prompt.token_ids,
+                self.model,
+                max_tokens=1,
+                prompt_cache=cache,
+                input_embeddings=embeddings,
+            )
+            list(steps)
+            return [array for entry in cache for array in entry.arrays]
 
         return lambda: seconds(read)
 
@@ -346,10 +354,10 @@ def _batch_seconds(
     )
     start = 0.0
 
-    def requests() -> Iterator[BatchRequest]:
+    def requests() -> Iterator[Question]:
         nonlocal start
         for n in range(rows):
-            yield BatchRequest(QUESTIONS[n % 2], max_tokens=tokens, sampling=GREEDY)
+            yield Question(QUESTIONS[n % 2], max_tokens=tokens, sampling=GREEDY)
         # more is asked for when all prompts are on their way
         mx.synchronize()
         start = time.perf_counter()

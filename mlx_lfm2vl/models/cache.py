@@ -1,18 +1,37 @@
 """What decoding remembers: keys and values of attention layers, inputs of convolutions.
 
-Duck-typed like `mlx_lm.models.cache`: `update_and_fetch`, `make_mask`, `state` for evaluation,
-`offset` for positions. Offsets are Python ints.
+Each kind is one class with one protocol, duck-typed like `mlx_lm.models.cache`: `offset` for
+positions, `make_mask`, `update_and_fetch` and `attend` for a pass, `state` for what lies on the
+device, `copy`, `meta` and `restore` to keep it, and `padded` and `traced` to decode in rows.
+Offsets and slots are Python ints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from ..errors import PromptError
 from ..options import CacheOptions
+
+BLOCK = 256  # slots; buffers grow by so many, so that most tokens write in place
+CPU_BLOCK = 128  # tokens that attend together
+
+
+class Step(NamedTuple):
+    """Where the tokens of a traced step stand, one per row; each (rows,).
+
+    Attributes:
+        offset: position of the token.
+        slot: where its keys and values go.
+        last: the last slot that it sees.
+    """
+
+    offset: mx.array
+    slot: mx.array
+    last: mx.array
 
 
 class Quantized(NamedTuple):
@@ -24,422 +43,376 @@ class Quantized(NamedTuple):
 
 
 class KVCache:
-    """Keys and values that grow in blocks.
+    """Keys and values in numbered slots: all of them, or the first `keep` and a sliding window.
 
-    Arrays are (batch, kv heads, positions, head dim). Room is made `step` positions at a time, so
-    that most tokens write in place.
+    With a window, a token at position p sees the positions below `keep` and those above
+    p - (max_size - keep). Positions stay absolute: keys carry their rotation, so slots need no
+    order. Position p lives in slot p while there are slots left, and then in slot
+    keep + (p - keep) mod (max_size - keep).
+
+    Attributes:
+        offset: position of the next token.
+        arrays: buffers (batch, kv heads, slots, ...), keys and then values.
     """
 
-    step = 256
+    has_slots = True
 
-    def __init__(self) -> None:
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+    def __init__(self, max_size: int | None = None, keep: int = 0) -> None:
         self.offset = 0
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Appends (batch, kv heads, new, head dim) and returns all positions so far."""
-        start, self.offset = self.offset, self.offset + keys.shape[2]
-        self.keys = _write(self.keys, keys, start, self.step)
-        self.values = _write(self.values, values, start, self.step)
-        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
-
-    @property
-    def next_slot(self) -> int:
-        """Where the next position goes."""
-        return self.offset
-
-    @property
-    def room(self) -> int:
-        """Slots, filled or not."""
-        return 0 if self.keys is None else self.keys.shape[2]
-
-    def make_room(self) -> None:
-        """Grows where the next position has no slot."""
-        if self.keys is not None and self.values is not None:
-            self.keys = _grow(self.keys, self.offset, 1, self.step)
-            self.values = _grow(self.values, self.offset, 1, self.step)
-
-    def advance(self, state: list[mx.array]) -> None:
-        """Takes over keys and values into which one more position was written."""
-        self.keys, self.values = state
-        self.offset += 1
-
-    def make_mask(self, length: int) -> mx.array | str | None:
-        """What `length` new tokens may see."""
-        return "causal" if length > 1 else None
-
-    def copy(self) -> KVCache:
-        """A cache of its own, without the room for more."""
-        twin = KVCache()
-        twin.offset = self.offset
-        if self.keys is not None and self.values is not None:
-            twin.keys = mx.contiguous(self.keys[..., : self.offset, :])
-            twin.values = mx.contiguous(self.values[..., : self.offset, :])
-        return twin
-
-    def to_quantized(self, group_size: int, bits: int) -> QuantizedKVCache:
-        """The same positions as integers."""
-        quantized = QuantizedKVCache(group_size, bits)
-        if self.keys is not None and self.values is not None:
-            used = slice(0, self.offset)
-            quantized.update_and_fetch(self.keys[..., used, :], self.values[..., used, :])
-        return quantized
-
-    @property
-    def state(self) -> list[mx.array]:
-        return [] if self.keys is None or self.values is None else [self.keys, self.values]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.state)
-
-
-class QuantizedKVCache:
-    """As `KVCache`, in integers of `bits` bits with a scale for each group along the head."""
-
-    step = 256
-
-    def __init__(self, group_size: int, bits: int) -> None:
-        self.group_size = group_size
-        self.bits = bits
-        self.keys: Quantized | None = None
-        self.values: Quantized | None = None
-        self.offset = 0
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Quantized, Quantized]:
-        """Appends and returns all positions so far, as `quantized_attention` takes them."""
-        start, self.offset = self.offset, self.offset + keys.shape[2]
-        self.keys = self._append(self.keys, keys, start)
-        self.values = self._append(self.values, values, start)
-        return self._used(self.keys), self._used(self.values)
-
-    def make_mask(self, length: int) -> mx.array | str | None:
-        """What `length` new tokens may see."""
-        return "causal" if length > 1 else None
-
-    def copy(self) -> QuantizedKVCache:
-        """A cache of its own, without the room for more."""
-        twin = QuantizedKVCache(self.group_size, self.bits)
-        twin.offset = self.offset
-        if self.keys is not None and self.values is not None:
-            twin.keys = Quantized(*map(mx.contiguous, self._used(self.keys)))
-            twin.values = Quantized(*map(mx.contiguous, self._used(self.values)))
-        return twin
-
-    def _append(self, buffer: Quantized | None, new: mx.array, start: int) -> Quantized:
-        parts = mx.quantize(new, group_size=self.group_size, bits=self.bits)
-        buffers = buffer if buffer is not None else (None, None, None)
-        return Quantized(
-            *(_write(b, p, start, self.step) for b, p in zip(buffers, parts, strict=True))
-        )
-
-    def _used(self, buffer: Quantized) -> Quantized:
-        return Quantized(*(part[..., : self.offset, :] for part in buffer))
-
-    @property
-    def state(self) -> list[mx.array]:
-        return [] if self.keys is None or self.values is None else [*self.keys, *self.values]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.state)
-
-
-class RotatingKVCache:
-    """The first `keep` positions and a sliding window of the last ones, `max_size` in all.
-
-    A token at position p sees the positions below `keep` and those above p - (max_size - keep).
-    Positions stay absolute: keys carry their rotation, so slots need no order. Position p lives in
-    slot p while there is room, and then in slot keep + (p - keep) mod (max_size - keep).
-    """
-
-    step = 256
-
-    def __init__(self, max_size: int, keep: int) -> None:
-        if not 0 <= keep < max_size:
-            raise PromptError(f"keep is {keep}; it must be 0 or more, and below {max_size}")
+        self.arrays: list[mx.array] = []
         self.max_size = max_size
         self.keep = keep
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-        self.offset = 0
+        if max_size is not None and not 0 <= keep < max_size:
+            raise PromptError(f"keep is {keep}; it must be 0 or more, and below {max_size}")
 
     @property
-    def window(self) -> int:
-        """How many last positions a token sees, besides the pinned ones."""
-        return self.max_size - self.keep
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for caches whose rows may decode together."""
+        return (type(self).__name__,)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Takes new positions; returns what they may see, in the order of `make_mask`."""
-        length, start = keys.shape[2], self.offset
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Takes (batch, kv heads, new, head dim); returns what is seen, as `make_mask` has it."""
+        new, length, start = self._parts(keys, values), keys.shape[2], self.offset
         self.offset += length
-        if length == 1 or self.offset <= self.max_size:
-            slot = self._slot(start)
-            self.keys = _write(self.keys, keys, slot, self.step, self.max_size)
-            self.values = _write(self.values, values, slot, self.step, self.max_size)
-            used = min(self.offset, self.max_size)
-            return self.keys[..., :used, :], self.values[..., :used, :]
+        if length == 1 or self.max_size is None or self.offset <= self.max_size:
+            slot = self.slot(start)
+            buffers: Sequence[mx.array | None] = self.arrays or [None] * len(new)
+            self.arrays = [_write(b, part, slot) for b, part in zip(buffers, new, strict=True)]
+            return self._pair([array[..., : self.used, :] for array in self.arrays])
         seen = self._seen(start, length)
-        order = mx.array([self._slot(p) for p in seen if p < start], mx.uint32)
-        all_keys = _join(self.keys, keys, order)
-        all_values = _join(self.values, values, order)
+        if start > 0:
+            before = mx.array([self.slot(p) for p in seen if p < start], mx.uint32)
+            pairs = zip(self.arrays, new, strict=True)
+            new = [mx.concatenate([array[:, :, before], part], axis=2) for array, part in pairs]
         place = {position: i for i, position in enumerate(seen)}
-        kept = [place[self._position(slot)] for slot in range(min(self.offset, self.max_size))]
-        self.keys = all_keys[:, :, mx.array(kept)]
-        self.values = all_values[:, :, mx.array(kept)]
-        return all_keys, all_values
+        kept = mx.array([place[self._position(slot)] for slot in range(self.used)])
+        self.arrays = [part[:, :, kept] for part in new]
+        return self._pair(new)
 
-    @property
-    def next_slot(self) -> int:
-        """Where the next position goes."""
-        return self._slot(self.offset)
-
-    @property
-    def room(self) -> int:
-        """Slots, filled or not."""
-        return 0 if self.keys is None else self.keys.shape[2]
-
-    def make_room(self) -> None:
-        """Grows where the next position has no slot."""
-        slot = self.next_slot
-        if self.keys is not None and self.values is not None:
-            self.keys = _grow(self.keys, slot, 1, self.step, self.max_size)
-            self.values = _grow(self.values, slot, 1, self.step, self.max_size)
-
-    def advance(self, state: list[mx.array]) -> None:
-        """Takes over keys and values into which one more position was written."""
-        self.keys, self.values = state
-        self.offset += 1
+    def attend(
+        self, queries: mx.array, keys: Any, values: Any, mask: mx.array | str | None, scale: float
+    ) -> mx.array:
+        """Attention over what `update_and_fetch` gave, (batch, heads, tokens, head dim) -> same."""
+        return attention(queries, keys, values, mask, scale)
 
     def make_mask(self, length: int) -> mx.array | str | None:
         """What `length` new tokens may see: boolean (length, positions) where it is not plain."""
         if length == 1:
             return None
-        if self.offset + length <= self.max_size:
+        if self.max_size is None or self.offset + length <= self.max_size:
             return "causal"
         keys = mx.array(self._seen(self.offset, length))
         queries = mx.arange(self.offset, self.offset + length)[:, None]
-        return (keys <= queries) & ((keys < self.keep) | (keys > queries - self.window))
+        window = self.max_size - self.keep
+        return (keys <= queries) & ((keys < self.keep) | (keys > queries - window))
 
-    def copy(self) -> RotatingKVCache:
-        """A cache of its own, without the room for more."""
-        twin = RotatingKVCache(self.max_size, self.keep)
-        twin.offset = self.offset
-        if self.keys is not None and self.values is not None:
-            used = min(self.offset, self.max_size)
-            twin.keys = mx.contiguous(self.keys[..., :used, :])
-            twin.values = mx.contiguous(self.values[..., :used, :])
-        return twin
-
-    def _slot(self, position: int) -> int:
-        if position < self.max_size:
+    def slot(self, position: int) -> int:
+        """Where a position lives, or will."""
+        if self.max_size is None or position < self.max_size:
             return position
-        return self.keep + (position - self.keep) % self.window
+        return self.keep + (position - self.keep) % (self.max_size - self.keep)
 
-    def _position(self, slot: int) -> int:
-        """The newest position that lives in a slot."""
-        if slot < self.keep or self.offset <= self.max_size:
-            return slot
-        last = self.offset - 1
-        return last - (last - slot) % self.window
+    @property
+    def used(self) -> int:
+        """Slots that hold something."""
+        return self.offset if self.max_size is None else min(self.offset, self.max_size)
 
-    def _seen(self, start: int, length: int) -> list[int]:
-        """Positions that the tokens from `start` on may see: pinned, sliding, new."""
-        pinned = min(self.keep, start)
-        oldest = max(pinned, start - self.window)
-        return [*range(pinned), *range(oldest, start + length)]
+    @property
+    def capacity(self) -> int:
+        """Slots, used or not."""
+        return self.arrays[0].shape[2] if self.arrays else 0
+
+    def reserve(self, slots: int) -> None:
+        """Makes capacity for so many slots, in whole blocks."""
+        if self.arrays and slots > self.capacity:
+            self.arrays = self.padded(self.state, blocks(slots))
+
+    @staticmethod
+    def padded(arrays: Sequence[mx.array], capacity: int) -> list[mx.array]:
+        """State with empty slots at its end."""
+        more = [(0, 0), (0, 0), (0, capacity - arrays[0].shape[2]), (0, 0)]
+        return [mx.pad(array, more) if more[2][1] > 0 else array for array in arrays]
+
+    def traced(self, arrays: Sequence[mx.array], step: Step) -> _InStep:
+        """This kind inside of a traced step, its arrays those of all rows."""
+        return KVStep(arrays, step)
+
+    def set_window(self, max_size: int | None, keep: int = 0) -> None:
+        """Another window, for a cache that nothing has left yet, nor would have in the new one."""
+        self.max_size, self.keep = max_size, keep
+
+    def copy(self) -> KVCache:
+        """A cache of its own, without capacity for more."""
+        return self.restore(self.meta, [mx.contiguous(array) for array in self.state])
+
+    def to_quantized(self, group_size: int, bits: int) -> QuantizedKVCache:
+        """The same positions as integers."""
+        quantized = QuantizedKVCache(group_size, bits)
+        if self.arrays:
+            quantized.update_and_fetch(*self.state)
+        return quantized
 
     @property
     def state(self) -> list[mx.array]:
-        return [] if self.keys is None or self.values is None else [self.keys, self.values]
+        """What lies on the device, without empty slots."""
+        return [array[..., : self.used, :] for array in self.arrays]
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What `restore` needs besides the state, for JSON."""
+        return {"offset": self.offset, "max_size": self.max_size, "keep": self.keep}
+
+    @classmethod
+    def restore(cls, meta: Mapping[str, Any], state: Sequence[mx.array]) -> KVCache:
+        """A cache from what `meta` and `state` gave."""
+        cache = cls(meta["max_size"], meta["keep"])
+        cache.offset, cache.arrays = meta["offset"], list(state)
+        return cache
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.state)
+        return sum(array.nbytes for array in self.arrays)
+
+    def _parts(self, keys: mx.array, values: mx.array) -> list[mx.array]:
+        """Keys and values as they are stored."""
+        return [keys, values]
+
+    def _pair(self, arrays: Sequence[mx.array]) -> tuple[Any, Any]:
+        """Stored arrays as keys and values."""
+        return arrays[0], arrays[1]
+
+    def _position(self, slot: int) -> int:
+        """The newest position that lives in a slot."""
+        assert self.max_size is not None
+        if slot < self.keep or self.offset <= self.max_size:
+            return slot
+        last = self.offset - 1
+        return last - (last - slot) % (self.max_size - self.keep)
+
+    def _seen(self, start: int, length: int) -> list[int]:
+        """Positions that the tokens from `start` on may see: pinned, sliding, new."""
+        assert self.max_size is not None
+        pinned = min(self.keep, start)
+        oldest = max(pinned, start - (self.max_size - self.keep))
+        return [*range(pinned), *range(oldest, start + length)]
 
 
-class BatchKVCache:
-    """Keys and values of several conversations that decode together, one token at a time.
+class QuantizedKVCache(KVCache):
+    """As `KVCache`, in integers of `bits` bits with a scale for each group along the head."""
 
-    All rows end at the same place and begin where their length says; what is before that is never
-    seen. Rows may leave and join.
-    """
-
-    step = 256
-
-    def __init__(self, rows: Sequence[KVCache]) -> None:
-        self.lengths = [row.offset for row in rows]
-        self.end = max(self.lengths)
-        self.keys = mx.concatenate([_pad_left(row.keys, row.offset, self.end) for row in rows])
-        self.values = mx.concatenate([_pad_left(row.values, row.offset, self.end) for row in rows])
+    def __init__(self, group_size: int, bits: int) -> None:
+        super().__init__()
+        self.group_size = group_size
+        self.bits = bits
 
     @property
-    def offset(self) -> mx.array:
-        """Position of the next token of each row, (batch,)."""
-        return mx.array(self.lengths)
+    def kind(self) -> tuple[Any, ...]:
+        return (type(self).__name__, self.group_size, self.bits)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Appends one position (batch, kv heads, 1, head dim) to each row."""
-        self.keys = _write(self.keys, keys, self.end, self.step)
-        self.values = _write(self.values, values, self.end, self.step)
-        self.end += 1
-        self.lengths = [length + 1 for length in self.lengths]
-        return self.keys[..., : self.end, :], self.values[..., : self.end, :]
+    def attend(
+        self, queries: mx.array, keys: Any, values: Any, mask: mx.array | str | None, scale: float
+    ) -> mx.array:
+        return quantized_attention(
+            queries, keys, values, mask, scale, group_size=self.group_size, bits=self.bits
+        )
+
+    def traced(self, arrays: Sequence[mx.array], step: Step) -> _InStep:
+        return QuantizedKVStep(arrays, step, self.group_size, self.bits)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return {"offset": self.offset, "group_size": self.group_size, "bits": self.bits}
+
+    @classmethod
+    def restore(cls, meta: Mapping[str, Any], state: Sequence[mx.array]) -> KVCache:
+        cache = cls(meta["group_size"], meta["bits"])
+        cache.offset, cache.arrays = meta["offset"], list(state)
+        return cache
+
+    def _parts(self, keys: mx.array, values: mx.array) -> list[mx.array]:
+        size, bits = self.group_size, self.bits
+        return [*mx.quantize(keys, size, bits), *mx.quantize(values, size, bits)]
+
+    def _pair(self, arrays: Sequence[mx.array]) -> tuple[Any, Any]:
+        return Quantized(*arrays[:3]), Quantized(*arrays[3:])
+
+
+class _InStep(KVCache):
+    """While a step is traced: positions are arrays, one per row, and all slots are looked at."""
+
+    step: Step
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        slot = self.step.slot[:, None, None, None]
+        pairs = zip(self.arrays, self._parts(keys, values), strict=True)
+        self.arrays = [mx.put_along_axis(array, slot, part, axis=2) for array, part in pairs]
+        return self._pair(self.arrays)
 
     def make_mask(self, length: int) -> mx.array:
-        """Boolean (batch, 1, 1, positions) for the next token."""
-        if length != 1:
-            raise PromptError(f"a batch decodes one token at a time, not {length}")
-        starts = mx.array([self.end - length for length in self.lengths])
-        return (mx.arange(self.end + 1) >= starts[:, None])[:, None, None]
-
-    def filter(self, rows: list[int]) -> None:
-        """Keeps these rows, and only as many positions as the longest of them has."""
-        self.lengths = [self.lengths[row] for row in rows]
-        longest = max(self.lengths)
-        used = slice(self.end - longest, self.end)
-        self.keys = mx.contiguous(self.keys[mx.array(rows)][..., used, :])
-        self.values = mx.contiguous(self.values[mx.array(rows)][..., used, :])
-        self.end = longest
-
-    def extend(self, rows: Sequence[KVCache]) -> None:
-        """Adds rows behind the present ones."""
-        other = BatchKVCache(rows)
-        end = max(self.end, other.end)
-        self.keys = mx.concatenate(
-            [_pad_left(self.keys, self.end, end), _pad_left(other.keys, other.end, end)]
-        )
-        self.values = mx.concatenate(
-            [_pad_left(self.values, self.end, end), _pad_left(other.values, other.end, end)]
-        )
-        self.lengths, self.end = self.lengths + other.lengths, end
+        """Boolean (rows, 1, 1, slots)."""
+        return mx.arange(self.capacity) <= self.step.last[:, None, None, None]
 
     @property
     def state(self) -> list[mx.array]:
-        return [self.keys, self.values]
+        return self.arrays
+
+
+class KVStep(_InStep):
+    """`KVCache` in a traced step."""
+
+    def __init__(self, arrays: Sequence[mx.array], step: Step) -> None:
+        super().__init__()
+        self.arrays, self.step, self.offset = list(arrays), step, step.offset  # type: ignore[assignment]
+
+
+class QuantizedKVStep(_InStep, QuantizedKVCache):
+    """`QuantizedKVCache` in a traced step."""
+
+    def __init__(self, arrays: Sequence[mx.array], step: Step, group_size: int, bits: int) -> None:
+        QuantizedKVCache.__init__(self, group_size, bits)
+        self.arrays, self.step, self.offset = list(arrays), step, step.offset  # type: ignore[assignment]
 
 
 class ConvCache:
     """The last `conv_L_cache - 1` gated inputs of a short convolution.
 
-    `inputs` is (batch, conv_L_cache - 1, hidden), or None before the first token.
+    `inputs` is (batch, conv_L_cache - 1, hidden), or None before the first token. Arrays are never
+    written in place here, so copies may share them.
     """
+
+    has_slots = False
 
     def __init__(self) -> None:
         self.inputs: mx.array | None = None
         self.offset = 0
 
-    def advance(self, state: list[mx.array]) -> None:
-        """Takes over the inputs after one more position."""
-        [self.inputs] = state
-        self.offset += 1
+    def reserve(self, slots: int) -> None:
+        """There is nothing to grow."""
+
+    @staticmethod
+    def padded(arrays: Sequence[mx.array], capacity: int) -> list[mx.array]:
+        """State as it is."""
+        return list(arrays)
+
+    def traced(self, arrays: Sequence[mx.array], step: Step) -> ConvCache:
+        """This kind inside of a traced step."""
+        return self.restore({"offset": 0}, arrays)
+
+    def set_window(self, max_size: int | None, keep: int = 0) -> None:
+        """A convolution has its own."""
 
     def copy(self) -> ConvCache:
-        """A cache of its own; arrays are never written in place here, so they may be shared."""
-        twin = ConvCache()
-        twin.inputs, twin.offset = self.inputs, self.offset
-        return twin
-
-    def filter(self, rows: list[int]) -> None:
-        """Keeps these rows of a batch."""
-        assert self.inputs is not None
-        self.inputs = self.inputs[mx.array(rows)]
-
-    def extend(self, rows: Sequence[ConvCache]) -> None:
-        """Adds rows behind the present ones."""
-        present = [self.inputs] if self.inputs is not None else []
-        self.inputs = mx.concatenate([*present, *(row.inputs for row in rows)])  # type: ignore[list-item]
+        """A cache of its own."""
+        return self.restore(self.meta, self.state)
 
     @property
     def state(self) -> list[mx.array]:
         return [] if self.inputs is None else [self.inputs]
 
     @property
+    def arrays(self) -> list[mx.array]:
+        """As `state`."""
+        return self.state
+
+    @arrays.setter
+    def arrays(self, arrays: Sequence[mx.array]) -> None:
+        self.inputs = arrays[0] if arrays else None
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return {"offset": self.offset}
+
+    @classmethod
+    def restore(cls, meta: Mapping[str, Any], state: Sequence[mx.array]) -> ConvCache:
+        """A cache from what `meta` and `state` gave."""
+        cache = cls()
+        cache.offset, cache.arrays = meta["offset"], list(state)
+        return cache
+
+    @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.state)
 
 
-AttentionCache = KVCache | QuantizedKVCache | RotatingKVCache | BatchKVCache
-Cache = AttentionCache | ConvCache
+Cache = KVCache | ConvCache
+KINDS: Mapping[str, type[Cache]] = {
+    kind.__name__: kind for kind in (KVCache, QuantizedKVCache, ConvCache)
+}
 
 
-def make_attention_cache(options: CacheOptions, prompt_length: int) -> KVCache | RotatingKVCache:
+def blocks(slots: int) -> int:
+    """The next whole number of blocks, in slots."""
+    return -(-slots // BLOCK) * BLOCK
+
+
+def make_attention_cache(options: CacheOptions, first_turn: int) -> KVCache:
     """An empty cache for one attention layer.
 
     Raises:
-        PromptError: the prompt does not fit into half of the window, and `keep` is not stated.
+        PromptError: the first turn does not fit into half of the window, and `keep` is not given.
     """
-    if options.max_kv_size is None:
-        return KVCache()
-    keep = options.keep
-    if keep is None:
-        keep = prompt_length
-        if keep > options.max_kv_size // 2:
+    size, keep = options.max_kv_size, options.keep
+    if size is not None and keep is None:
+        keep = first_turn
+        if keep > size // 2:
             raise PromptError(
-                f"the prompt takes {prompt_length} positions, more than half of max_kv_size "
-                f"{options.max_kv_size}; raise it to {2 * prompt_length}, or state keep"
+                f"the first turn takes {first_turn} positions, more than half of max_kv_size "
+                f"{size}; raise it to {2 * first_turn}, or give keep"
             )
-    return RotatingKVCache(options.max_kv_size, keep)
+    return KVCache(size, keep if keep is not None else 0)
 
 
 def quantize_caches(cache: list[Cache], options: CacheOptions) -> None:
     """Turns keys and values into integers, in place, once they are long enough."""
-    if options.kv_bits is None:
-        return
     for i, entry in enumerate(cache):
-        if isinstance(entry, KVCache) and entry.offset >= options.quantized_kv_start:
+        if type(entry) is KVCache and is_long(entry.offset, options):
+            assert options.kv_bits is not None
             cache[i] = entry.to_quantized(options.kv_group_size, options.kv_bits)
+
+
+def is_long(offset: int, options: CacheOptions) -> bool:
+    """Whether keys and values of so many positions are integers."""
+    return options.kv_bits is not None and offset >= options.quantized_kv_start
 
 
 def copy_cache(cache: Iterable[Cache]) -> list[Cache]:
     """A copy that shares nothing that is written in place."""
-    copies: list[Cache] = []
-    for entry in cache:
-        assert not isinstance(entry, BatchKVCache)
-        copies.append(entry.copy())
-    return copies
+    return [entry.copy() for entry in cache]
 
 
 def cache_nbytes(cache: Iterable[Cache]) -> int:
     """Bytes of all arrays of a cache."""
-    return sum(array.nbytes for entry in cache for array in entry.state)
+    return sum(entry.nbytes for entry in cache)
 
 
-def _write(
-    buffer: mx.array | None, new: mx.array, start: int, step: int, limit: int | None = None
-) -> mx.array:
-    """Writes positions from `start` on, making room in blocks up to `limit` positions."""
-    length = new.shape[2]
-    if buffer is None:
-        buffer = mx.zeros((*new.shape[:2], 0, new.shape[3]), new.dtype)
-    buffer = _grow(buffer, start, length, step, limit)
-    buffer[..., start : start + length, :] = new
+def _write(buffer: mx.array | None, new: mx.array, start: int) -> mx.array:
+    """Writes positions from slot `start` on, growing in blocks."""
+    stop = start + new.shape[2]
+    if buffer is None or (start == 0 and stop > buffer.shape[2]):
+        buffer = mx.zeros((*new.shape[:2], blocks(stop), new.shape[3]), new.dtype)
+    elif stop > buffer.shape[2]:
+        [buffer] = KVCache.padded([buffer[..., :start, :]], blocks(stop))
+    buffer[..., start:stop, :] = new
     return buffer
 
 
-def _grow(
-    buffer: mx.array, start: int, length: int, step: int, limit: int | None = None
+def attention(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None, scale: float
 ) -> mx.array:
-    """Room for `length` positions from `start` on; what is there stays where it is."""
-    batch, heads, slots, dim = buffer.shape
-    if start + length <= slots:
-        return buffer
-    room = -(-length // step) * step
-    if limit is not None:
-        room = min(room, limit - start)
-    empty = mx.zeros((batch, heads, room, dim), buffer.dtype)
-    return empty if start == 0 else mx.concatenate([buffer[..., :start, :], empty], axis=2)
+    """Grouped-query attention, (batch, heads, tokens, head dim) -> same; the tokens are the last.
 
-
-def _join(buffer: mx.array | None, new: mx.array, order: mx.array) -> mx.array:
-    return new if buffer is None else mx.concatenate([buffer[:, :, order], new], axis=2)
-
-
-def _pad_left(array: mx.array | None, length: int, end: int) -> mx.array:
-    """The first `length` positions, moved to end at `end`."""
-    assert array is not None
-    return mx.pad(array[..., :length, :], [(0, 0), (0, 0), (end - length, 0), (0, 0)])
+    A CPU computes scores that a causal mask hides before it throws them away; there, tokens are
+    taken in blocks, so that they are few.
+    """
+    length, before = queries.shape[2], keys.shape[2] - queries.shape[2]
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    step = CPU_BLOCK if isinstance(mask, str) and on_cpu else length
+    parts = []
+    for start in range(0, length, step):
+        end = before + min(start + step, length)
+        block = queries[:, :, start : start + step], keys[:, :, :end], values[:, :, :end]
+        parts.append(mx.fast.scaled_dot_product_attention(*block, scale=scale, mask=mask))
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
 def quantized_attention(
@@ -448,6 +421,7 @@ def quantized_attention(
     values: Quantized,
     mask: mx.array | str | None,
     scale: float,
+    *,
     group_size: int,
     bits: int,
 ) -> mx.array:
@@ -459,28 +433,18 @@ def quantized_attention(
     kv_heads, positions = keys.packed.shape[1], keys.packed.shape[2]
     queries = (queries * scale).reshape(batch, kv_heads, heads // kv_heads, length, dim)
     keys, values = (Quantized(*(part[:, :, None] for part in parts)) for parts in (keys, values))
-    scores = mx.quantized_matmul(
-        queries,
-        keys.packed,
-        keys.scales,
-        keys.biases,
-        transpose=True,
-        group_size=group_size,
-        bits=bits,
-    )
+    scores = mx.quantized_matmul(queries, *keys, True, group_size, bits)
     if isinstance(mask, str):
-        offset = positions - length
-        mask = mx.arange(length)[:, None] + offset >= mx.arange(positions)
+        mask = causal_mask(length, positions - length)
     if mask is not None:
+        # (rows, 1, tokens, positions) -> also over the groups of heads
+        mask = mask[:, :, None] if mask.ndim == 4 else mask
         scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
     weights = mx.softmax(scores, axis=-1, precise=True)
-    out = mx.quantized_matmul(
-        weights,
-        values.packed,
-        values.scales,
-        values.biases,
-        transpose=False,
-        group_size=group_size,
-        bits=bits,
-    )
+    out = mx.quantized_matmul(weights, *values, False, group_size, bits)
     return out.reshape(batch, heads, length, dim)
+
+
+def causal_mask(length: int, offset: int) -> mx.array:
+    """Boolean (length, offset + length): tokens see themselves and what came before."""
+    return mx.arange(length)[:, None] + offset >= mx.arange(length + offset)

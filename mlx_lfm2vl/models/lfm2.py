@@ -13,11 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..options import CacheOptions
-from .cache import Cache, ConvCache, Quantized, make_attention_cache, quantized_attention
+from .cache import Cache, ConvCache, attention, causal_mask, make_attention_cache
 from .config import Lfm2Config
 from .layers import checkpointed, swiglu
-
-CPU_BLOCK = 128  # tokens that attend together
 
 
 class Rotary(NamedTuple):
@@ -57,25 +55,6 @@ class Lfm2Output(NamedTuple):
     attentions: list[mx.array] | None = None
 
 
-def attention(
-    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None, scale: float
-) -> mx.array:
-    """Grouped-query attention, (batch, heads, tokens, head dim) -> same; the tokens are the last.
-
-    A CPU computes scores that a causal mask hides before it throws them away; there, tokens are
-    taken in blocks, so that they are few.
-    """
-    length, before = queries.shape[2], keys.shape[2] - queries.shape[2]
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    step = CPU_BLOCK if isinstance(mask, str) and on_cpu else length
-    blocks = []
-    for start in range(0, length, step):
-        end = before + min(start + step, length)
-        block = queries[:, :, start : start + step], keys[:, :, :end], values[:, :, :end]
-        blocks.append(mx.fast.scaled_dot_product_attention(*block, scale=scale, mask=mask))
-    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
-
-
 class Lfm2Attention(nn.Module):
     """Grouped-query attention with normalised queries and keys, and rotary positions."""
 
@@ -99,7 +78,7 @@ class Lfm2Attention(nn.Module):
         x: mx.array,
         masks: Masks,
         rotary: Rotary,
-        cache: Any = None,  # one of `cache.AttentionCache`
+        cache: Any = None,  # a `cache.KVCache`
         attentions: list[mx.array] | None = None,
         skip: int = 0,
     ) -> mx.array:
@@ -121,14 +100,10 @@ class Lfm2Attention(nn.Module):
         mask = masks.attention
         if skip > 0 and isinstance(mask, mx.array):
             mask = mask[..., skip:, :]
-        if isinstance(keys, Quantized):
-            out = quantized_attention(
-                queries, keys, values, mask, self.scale, cache.group_size, cache.bits
-            )
-        else:
-            out = attention(queries, keys, values, mask, self.scale)
-            if attentions is not None:
-                attentions.append(self._weights(queries, keys, mask))
+        attend = attention if cache is None else cache.attend
+        out = attend(queries, keys, values, mask, self.scale)
+        if attentions is not None:
+            attentions.append(self._weights(queries, keys, mask))
         out = self.out_proj(out.transpose(0, 2, 1, 3).reshape(batch * (length - skip), -1))
         return out.reshape(batch, length - skip, -1)
 
@@ -334,6 +309,7 @@ class Lfm2ForCausalLM(nn.Module):
         self.model = Lfm2Model(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.decode_step: Any = None  # kept here by `generation.decoding`, as long as the model
 
     def __call__(
         self,
@@ -361,24 +337,15 @@ class Lfm2ForCausalLM(nn.Module):
     def layers(self) -> list[Lfm2DecoderLayer]:
         return self.model.layers
 
-    def make_cache(
-        self, options: CacheOptions | None = None, prompt_length: int = 0
-    ) -> list[Cache]:
+    def make_cache(self, options: CacheOptions | None = None, first_turn: int = 0) -> list[Cache]:
         """An empty cache, one entry per layer.
 
         Args:
             options: how attention layers remember; by default everything.
-            prompt_length: positions of the prompt, which a rotating cache pins by default.
+            first_turn: positions that a rotating cache pins by default, see `CacheOptions`.
         """
         options = options if options is not None else CacheOptions()
         return [
-            make_attention_cache(options, prompt_length)
-            if layer.is_attention_layer
-            else ConvCache()
+            make_attention_cache(options, first_turn) if layer.is_attention_layer else ConvCache()
             for layer in self.layers
         ]
-
-
-def causal_mask(length: int, offset: int) -> mx.array:
-    """Boolean (length, offset + length): tokens see themselves and what came before."""
-    return mx.arange(length)[:, None] + offset >= mx.arange(length + offset)

@@ -349,11 +349,9 @@ class Lfm2VlModel(nn.Module):
                 "image features were given"
             )
 
-    def make_cache(
-        self, options: CacheOptions | None = None, prompt_length: int = 0
-    ) -> list[Cache]:
+    def make_cache(self, options: CacheOptions | None = None, first_turn: int = 0) -> list[Cache]:
         """An empty cache; see `Lfm2ForCausalLM.make_cache`."""
-        return self.language_model.make_cache(options, prompt_length)
+        return self.language_model.make_cache(options, first_turn)
 
     def gradient_checkpointing_enable(self) -> None:
         """Computes each layer's activations again in the backward pass instead of keeping them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -66,11 +66,13 @@ class Prompt:
         images: in order.
         first_turn: positions up to where the first answer begins: the system message, the first
             user message and the opening of the assistant's turn. None means all.
+        system_length: positions of the system message, with the tools in it; 0 without one.
     """
 
     token_ids: list[int]
     images: tuple[PromptImage, ...] = ()
     first_turn: int | None = None
+    system_length: int = 0
 
     @property
     def first_turn_length(self) -> int:
@@ -176,9 +178,24 @@ class Lfm2VlProcessor:
             now,
         )
         self._check_places(token_ids, pictures)
-        first_turn = self._first_turn(token_ids, conversation, tools, template_variables, now)
+        roles = [message["role"] for message in conversation]
+
+        def length(count: int, add_generation_prompt: bool) -> int:
+            """Ids of the first messages, 0 if the prompt does not begin with them."""
+            try:
+                ids = self.tokenizer.apply_chat_template(
+                    conversation[:count], tools, add_generation_prompt, False,
+                    template_variables, now,
+                )  # fmt: skip
+            except PromptError:  # the template wants more than this beginning
+                return 0
+            return len(ids) if token_ids[: len(ids)] == ids else 0
+
+        first_turn = length(roles.index("assistant"), True) if "assistant" in roles else 0
+        system_length = length(1, False) if roles[0] == "system" else 0
         processed = [self.image_processor(picture, image_options) for picture in pictures]
-        return self._expand(token_ids, first_turn, processed)
+        prompt = self._expand(token_ids, first_turn or len(token_ids), processed)
+        return replace(prompt, system_length=system_length)
 
     def transcribe(
         self,
@@ -251,27 +268,6 @@ class Lfm2VlProcessor:
                 f"the chat template shows {places} images of {len(pictures)}; images belong into "
                 "messages whose content it prints"
             )
-
-    def _first_turn(
-        self,
-        token_ids: list[int],
-        conversation: list[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
-        template_variables: Mapping[str, Any] | None,
-        now: datetime,
-    ) -> int:
-        """How many of the rendered ids, images not yet expanded, stand before the first answer."""
-        roles = [message["role"] for message in conversation]
-        if "assistant" not in roles:
-            return len(token_ids)
-        question = conversation[: roles.index("assistant")]
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                question, tools, variables=template_variables, now=now
-            )
-        except PromptError:  # the template wants more than this beginning
-            return len(token_ids)
-        return len(ids) if token_ids[: len(ids)] == ids else len(token_ids)
 
     def _expand(
         self, token_ids: list[int], first_turn: int, processed: list[ProcessedImage]

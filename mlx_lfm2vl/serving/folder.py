@@ -1,51 +1,35 @@
 """Folder mode: one prompt for many images, one JSON line per answer, resumable.
 
 A run may be killed at any moment: lines are written whole, and the next start cuts off what is
-not. Images are read and cut into patches by threads; only the main thread touches MLX.
-
-Under `mlx.launch` each process takes every n-th image and writes `OUTPUT.partN`. The first one
-moves these lines to OUTPUT, at the start and at the end, so that the next run may have another
-number of processes.
+not. Images are read and cut into patches by threads, ahead of the model; only the main thread
+touches MLX.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import glob
 import hashlib
 import json
 import os
-import signal
-import sys
-import threading
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import ImageError, OutputError
-from ..options import ImageOptions
+from ..options import ImageOptions, Sampling
 
 if TYPE_CHECKING:
-    import mlx.core as mx
-
-    from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
     from ..prompts.processor import Lfm2VlProcessor, Prompt
-
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic")
 THREADS = 4
 LOOK_AHEAD = 8  # images
-
-# what a disk says that has no locks; there the user alone keeps two runs apart
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 LINE_START = b'{"image": '
+
 Key = tuple[str, str | None]  # path and digest
 
 
@@ -56,11 +40,13 @@ class Task:
     model: str
     revision: str | None
     dtype: str | None
+    adapter_path: str | None
     prompt: str
     system: str | None
     max_tokens: int
     seed: int | None
-    sampling: dict[str, Any]  # as stated; None takes the checkpoint's
+    stop: tuple[str, ...]
+    sampling: Sampling
     image_options: ImageOptions
 
     @property
@@ -75,6 +61,15 @@ class Task:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         content = [{"type": "image"}, {"type": "text", "text": self.prompt}]
         return [*system, {"role": "user", "content": content}]
+
+
+@dataclass
+class Counts:
+    """How many images were answered, could not be read, were done before."""
+
+    answered: int = 0
+    unreadable: int = 0
+    known: int = 0
 
 
 def find_images(given: Sequence[str]) -> list[str]:
@@ -132,27 +127,27 @@ def _walk(folder: str) -> set[str]:
 
 
 class Lines:
-    """A file of JSON lines, open for appending, that no other process may open so.
+    """A file of JSON lines, open for appending, that no other run may open so.
 
     Raises:
         OutputError: the file cannot be made or written, or another run has it.
     """
 
     def __init__(self, path: Path) -> None:
+        from filelock import FileLock, Timeout
+
         self.path = path
+        self.lock = FileLock(path.with_name(f".{path.name}.lock"))
         try:
             self.file = path.open("ab", buffering=0)
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self.lock.acquire(blocking=False)
+        except Timeout:
             self.file.close()
             raise OutputError(f"{path} is being written by another run; wait for it") from None
+        except NotImplementedError:
+            pass  # a disk without locks; there the user alone keeps two runs apart
         except OSError as error:
-            if error.errno not in NO_LOCKS:
-                self.file.close()
-                raise OutputError(f"{path} cannot be locked: {error.strerror}") from None
+            raise OutputError(f"{path} cannot be written: {error.strerror}") from None
 
     def __enter__(self) -> Lines:
         return self
@@ -164,6 +159,8 @@ class Lines:
         traceback: TracebackType | None,
     ) -> None:
         self.file.close()
+        Path(self.lock.lock_file).unlink(missing_ok=True)
+        self.lock.release()
 
     def add(self, entry: dict[str, Any]) -> None:
         """Writes one entry in one piece; it is on the disk when this returns."""
@@ -172,10 +169,6 @@ class Lines:
             data = line.encode()
         except UnicodeEncodeError:  # the name of a file is no UTF-8
             data = json.dumps(entry).encode() + b"\n"
-        self.write(data)
-
-    def write(self, data: bytes) -> None:
-        """Writes whole lines."""
         try:
             written = self.file.write(data)
             os.fsync(self.file.fileno())
@@ -231,98 +224,74 @@ def _key(line: bytes, place: str, settings: str) -> Key:
     return entry["image"], entry["digest"]
 
 
-def _part(output: Path, rank: int) -> Path:
-    return output.with_name(f"{output.name}.part{rank}")
+def answer_all(
+    task: Task,
+    images: Sequence[str],
+    lines: Lines,
+    *,
+    batch_size: int | None,
+    progress: Callable[[bool], None],
+    check: Callable[[], None],
+) -> Counts:
+    """Answers the images that a file of answers does not hold yet.
 
-
-def gather_parts(lines: Lines, settings: str) -> None:
-    """Cuts off a torn last line, then moves the lines of all part files here.
-
-    May be killed at any moment: a line that is here already is not taken twice.
+    Args:
+        batch_size: how many answers grow at once; None chooses by memory.
+        progress: called for each image with whether it was done before.
+        check: called between images; may raise to stop.
     """
-    keys, end = read_keys(lines.path, settings)
-    lines.cut(end)
-    name = glob.escape(lines.path.name)
-    for path in sorted(lines.path.parent.glob(f"{name}.part[0-9]*")):
-        with Lines(path) as part:  # nobody is writing it any more
-            _, end = read_keys(path, settings)
-            part.cut(end)
-            with path.open("rb") as file:
-                for line in file:
-                    key = _key(line, str(path), settings)
-                    if key not in keys:
-                        lines.write(line)
-                        keys.add(key)
-            path.unlink()
-
-
-def _together(group: mx.distributed.Group, *counts: int) -> list[int]:
-    """Waits until all processes are here; returns the sums of their counts."""
-    import mlx.core as mx
-
-    # no stream is stated: each backend takes the one that it needs
-    sums = mx.distributed.all_sum(mx.array([1, *counts]), group=group)
-    try:
-        return cast("list[int]", sums.tolist())[1:]
-    except RuntimeError as error:
-        raise OutputError(f"another process of this run has ended: {error}; start again") from None
-
-
-def _answer_share(
-    group: mx.distributed.Group, task: Task, images: list[str], output: Path, lines: Lines
-) -> tuple[int, int, int]:
-    """Answers this process's images; returns how many were answered, unreadable, known."""
-    if group.size() == 1:
-        return answer_all(task, images, read_keys(output, task.settings)[0], lines)
-    _check_agreement(group, images, output)
-    done = read_keys(output, task.settings)[0]
-    share = images[group.rank() :: group.size()]
-    if group.rank() > 0:
-        return answer_all(task, share, done, lines)
-    with Lines(_part(output, 0)) as part:
-        return answer_all(task, share, done, part)
-
-
-def _check_agreement(group: mx.distributed.Group, images: list[str], output: Path) -> None:
-    """Raises an OutputError where machines see different images or another output."""
-    import mlx.core as mx
-
-    seen = zlib.crc32("\0".join(images).encode("utf-8", "surrogatepass"))
-    if output.exists():
-        seen = zlib.crc32(output.read_bytes(), seen + 1)
-    value = mx.array(seen & 0x7FFFFFFF)
-    least = mx.distributed.all_min(value, group=group).item()
-    if least != mx.distributed.all_max(value, group=group).item():
-        raise OutputError(
-            f"the machines do not see the same images, or not the same {output}; both belong "
-            "on a disk that they share"
-        )
-
-
-def answer_all(task: Task, images: list[str], done: set[Key], lines: Lines) -> tuple[int, int, int]:
-    """Answers images that are not done; returns how many were answered, unreadable, known."""
     from ..checkpoints.loading import load
+    from ..generation.batch import stream_batch, suggested_batch_size
+    from ..prompts.question import Question
 
-    model, processor = load(task.model, dtype=task.dtype, revision=task.revision)
+    done, end = read_keys(lines.path, task.settings)
+    lines.cut(end)
+    model, processor = load(
+        task.model, dtype=task.dtype, revision=task.revision, adapter_path=task.adapter_path
+    )
     task.image_options.apply(processor.image_processor.config)  # wrong ones are told at once
-    answers = errors = known = 0
-    with _Progress(len(images)) as progress, _ctrl_c() as check_ctrl_c:
-        for image in look_ahead(task, processor, images, done):
-            check_ctrl_c()
-            entry: dict[str, Any] = {"image": image.path, "digest": image.digest}
+    batch_size = batch_size if batch_size is not None else suggested_batch_size(model)
+    counts, asked = Counts(), list[Prepared]()
+
+    def write(image: Prepared, answer: dict[str, Any]) -> None:
+        about = {"image": image.path, "digest": image.digest}
+        lines.add({**about, **answer, "settings": task.settings})
+        progress(False)
+
+    def questions() -> Iterator[Question]:
+        for image in look_ahead(task, processor, images, done, max(LOOK_AHEAD, batch_size)):
+            check()
             if image.prompt is not None:
-                entry |= answer(model, processor, image.prompt, task)
-                answers += 1
+                asked.append(image)
+                yield Question(
+                    image.prompt,
+                    max_tokens=task.max_tokens,
+                    seed=task.seed,
+                    stop=task.stop,
+                    sampling=task.sampling,
+                )
             elif image.error is not None:
-                entry["error"] = image.error
-                errors += 1
+                counts.unreadable += 1
+                write(image, {"error": image.error})
             else:
-                known += 1
-                progress.skip()
-                continue
-            lines.add({**entry, "settings": task.settings})
-            progress.step()
-    return answers, errors, known
+                counts.known += 1
+                progress(True)
+
+    for result in stream_batch(model, processor, questions(), batch_size=batch_size):
+        counts.answered += 1
+        image, asked[result.index] = asked[result.index], Prepared("", None)
+        write(
+            image,
+            {
+                "text": result.text,
+                "finish_reason": result.finish_reason,
+                "prompt_tokens": result.prompt_tokens,
+                "image_tokens": sum(result.image_tokens),
+                "generation_tokens": len(result.tokens),
+            },
+        )
+        check()
+    return counts
 
 
 @dataclass(frozen=True)
@@ -336,7 +305,7 @@ class Prepared:
 
 
 def look_ahead(
-    task: Task, processor: Lfm2VlProcessor, images: list[str], done: set[Key]
+    task: Task, processor: Lfm2VlProcessor, images: Sequence[str], done: set[Key], ahead: int
 ) -> Iterator[Prepared]:
     """Yields images in order, while threads prepare the next ones."""
     from PIL import Image
@@ -348,7 +317,7 @@ def look_ahead(
     try:
         for path in images:
             waiting.append(pool.submit(prepare, path, task, processor, done))
-            if len(waiting) > LOOK_AHEAD:
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -375,87 +344,3 @@ def prepare(path: str, task: Task, processor: Lfm2VlProcessor, done: set[Key]) -
     return Prepared(
         path, digest, processor(task.messages, [picture], image_options=task.image_options)
     )
-
-
-def answer(
-    model: Lfm2VlForConditionalGeneration, processor: Lfm2VlProcessor, prompt: Prompt, task: Task
-) -> dict[str, Any]:
-    """The answer's part of an entry."""
-    import mlx.core as mx
-
-    from ..generation.generate import stream_generate
-
-    text = ""
-    for response in stream_generate(
-        model, processor, prompt, max_tokens=task.max_tokens, seed=task.seed, **task.sampling
-    ):
-        text += response.text
-    mx.clear_cache()  # the next image has other shapes, so kept buffers would only pile up
-    return {
-        "text": text,
-        "finish_reason": response.finish_reason,
-        "prompt_tokens": response.prompt_tokens,
-        "image_tokens": sum(response.image_tokens),
-        "generation_tokens": response.generation_tokens,
-    }
-
-
-@contextmanager
-def _ctrl_c() -> Iterator[Callable[[], None]]:
-    """Makes sure that Ctrl-C ends the work.
-
-    Its exception is lost where it comes while Python runs a finalizer, so it is kept and raised
-    again when the function that this yields is called.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    came = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: object) -> None:
-        came.set()
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if came.is_set():
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class _Progress:
-    """A bar on stderr where that is a terminal; nothing elsewhere."""
-
-    def __init__(self, total: int) -> None:
-        self.bar: Any = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, unit="image", dynamic_ncols=True, file=sys.stderr)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def step(self) -> None:
-        if self.bar is not None:
-            self.bar.update()
-
-    def skip(self) -> None:
-        """Counts an image that is done, without counting it as speed."""
-        if self.bar is not None:
-            self.bar.initial += 1
-            self.bar.update()

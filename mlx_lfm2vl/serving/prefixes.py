@@ -1,178 +1,162 @@
-"""Caches after known beginnings of a prompt, to go on from there.
+"""Caches after known beginnings of prompts, to continue from, and features of recent images.
 
-A convolution state cannot be trimmed, so a beginning is reused where it was kept, or not at all.
+A convolution state cannot be trimmed, so a beginning is reused where it was kept, or not at all:
+after the system message, after each image, after an answer.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import tempfile
+from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, MutableMapping, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-from ..errors import SnapshotError
-from ..models.cache import (
-    Cache,
-    ConvCache,
-    KVCache,
-    Quantized,
-    QuantizedKVCache,
-    RotatingKVCache,
-    cache_nbytes,
-    copy_cache,
-)
+from ..models.cache import Cache, cache_nbytes, copy_cache, is_long
+from ..options import MOST, Bound, CacheOptions
+from ..prompts.processor import Prompt, PromptImage
 
-FORMAT = "mlx_lfm2vl.session"
-VERSION = 1
+MAX_PREFIX_BYTES = 1 << 30
+PREFIX_BYTES = Bound(int, 0, 1 << 50)
+
+Key = tuple[str, Any]  # digest of tokens and images, and how keys and values are kept
 
 
-@dataclass(frozen=True)
-class PrefixKey:
-    """What a beginning consists of: its tokens, and a digest of each image in it."""
+class Entry(NamedTuple):
+    """A cache and how many positions it holds, or the features of an image."""
 
-    token_ids: tuple[int, ...]
-    image_digests: tuple[str, ...]
-
-    def begins(self, token_ids: list[int], image_digests: list[str]) -> bool:
-        """Whether a prompt begins like this, and goes on."""
-        length, images = len(self.token_ids), len(self.image_digests)
-        return (
-            length < len(token_ids)
-            and tuple(image_digests[:images]) == self.image_digests
-            and tuple(token_ids[:length]) == self.token_ids
-        )
+    value: Any
+    nbytes: int
+    length: int
 
 
-class SnapshotStore:
-    """Snapshots by prefix, bounded by bytes; the least recently used one leaves first."""
+class PrefixStore:
+    """What was read before, found by hash, bounded by bytes; the least recently used goes first.
 
-    def __init__(self, max_bytes: int) -> None:
+    Whoever shares an engine shares its store.
+
+    Attributes:
+        max_bytes: what all entries may take together.
+        nbytes: what they take.
+        entries: caches by `Key`, features by digest, the least recently used first.
+        features: the image features among them, by digest.
+    """
+
+    def __init__(self, max_bytes: int = MAX_PREFIX_BYTES) -> None:
+        PREFIX_BYTES.check("max_bytes", max_bytes)
         self.max_bytes = max_bytes
-        self.entries: OrderedDict[PrefixKey, list[Cache]] = OrderedDict()
+        self.nbytes = 0
+        self.entries: OrderedDict[Key | str, Entry] = OrderedDict()
+        self.features: MutableMapping[str, mx.array] = Features(self)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all snapshots."""
-        return sum(map(cache_nbytes, self.entries.values()))
+    def places(self, prompt: Prompt) -> list[int]:
+        """Lengths of the beginnings of a prompt that are worth keeping."""
+        return sorted({prompt.system_length, *(image.stop for image in prompt.images)} - {0})
 
-    def put(self, key: PrefixKey, cache: list[Cache]) -> None:
-        """Keeps a copy of a cache, where it fits at all."""
-        self.entries.pop(key, None)
+    def find(self, prompt: Prompt, options: CacheOptions) -> list[Cache] | None:
+        """A cache of one's own that holds the longest known beginning of a prompt."""
+        for key in self.keys(prompt, options):
+            self.entries.move_to_end(key)
+            cache = copy_cache(self.entries[key].value)
+            keep = options.keep if options.keep is not None else prompt.first_turn_length
+            for entry in cache:
+                entry.set_window(options.max_kv_size, 0 if options.max_kv_size is None else keep)
+            return cache
+        return None
+
+    def keys(self, prompt: Prompt, options: CacheOptions) -> Iterator[Key]:
+        """The keys of all known beginnings of a prompt, the longest first."""
+        most = len(prompt.token_ids)
+        lengths = sorted({entry.length for entry in self.entries.values() if entry.length < most})
+        found = digests(prompt.token_ids, prompt.images, lengths)
+        for length, digest in reversed(list(zip(lengths, found, strict=True))):
+            key = (digest, _kind(prompt, options, length))
+            if key in self.entries:
+                yield key
+
+    def put(
+        self,
+        token_ids: Sequence[int],
+        prompt: Prompt,
+        cache: Sequence[Cache],
+        options: CacheOptions,
+    ) -> None:
+        """Keeps a copy of a cache that holds these tokens, the images of a prompt among them."""
+        length = len(token_ids)
+        [digest] = digests(token_ids, prompt.images, [length])
         twin = copy_cache(cache)
-        mx.async_eval([entry.state for entry in twin])
-        self.entries[key] = twin
-        while self.nbytes > self.max_bytes:
-            self.entries.popitem(last=False)
+        mx.async_eval([entry.arrays for entry in twin])
+        self.add((digest, _kind(prompt, options, length)), Entry(twin, cache_nbytes(twin), length))
 
-    def longest(
-        self, token_ids: list[int], image_digests: list[str]
-    ) -> tuple[int, list[Cache]] | None:
-        """The longest known beginning of a prompt: its length and a copy of its cache."""
-        known = [key for key in self.entries if key.begins(token_ids, image_digests)]
-        if not known:
-            return None
-        best = max(known, key=lambda key: len(key.token_ids))
-        self.entries.move_to_end(best)
-        return len(best.token_ids), copy_cache(self.entries[best])
+    def add(self, key: Key | str, entry: Entry) -> None:
+        """Keeps an entry, if it fits at all."""
+        self.discard(key)
+        self.entries[key] = entry
+        self.nbytes += entry.nbytes
+        while self.nbytes > self.max_bytes:
+            self.discard(next(iter(self.entries)))
+
+    def discard(self, key: Key | str) -> None:
+        """Forgets an entry, if it is there."""
+        if key in self.entries:
+            self.nbytes -= self.entries.pop(key).nbytes
 
     def clear(self) -> None:
         """Forgets everything."""
         self.entries.clear()
+        self.nbytes = 0
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """A digest of all names, shapes and types of a model, and of the values of its norms."""
+class Features(MutableMapping[str, mx.array]):
+    """Image features (image tokens, hidden) by digest, as entries of a store."""
+
+    def __init__(self, store: PrefixStore) -> None:
+        self.store = store
+
+    def __getitem__(self, digest: str) -> mx.array:
+        features: mx.array = self.store.entries[digest].value
+        self.store.entries.move_to_end(digest)
+        return features
+
+    def __setitem__(self, digest: str, features: mx.array) -> None:
+        self.store.add(digest, Entry(features, features.nbytes, MOST))
+
+    def __delitem__(self, digest: str) -> None:
+        self.store.discard(digest)
+
+    def __contains__(self, digest: object) -> bool:
+        return digest in self.store.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return (key for key in self.store.entries if isinstance(key, str))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def digests(
+    token_ids: Sequence[int], images: Sequence[PromptImage], lengths: Sequence[int]
+) -> list[str]:
+    """A digest for each of some beginnings, ascending in length: tokens, and the images in them."""
+    ids, found, start = array("I", token_ids), [], 0
     content = hashlib.blake2b(digest_size=16)
-    for name, array in tree_flatten(model.parameters()):
-        content.update(f"{name} {array.shape} {array.dtype};".encode())
-        if "language_model" in name and array.ndim == 1:
-            content.update(bytes(memoryview(array.astype(mx.float32))))
-    return content.hexdigest()
+    stops = {image.stop: image.digest for image in images}
+    for place in sorted({*lengths, *(stop for stop in stops if stop <= max(lengths, default=0))}):
+        content.update(ids[start:place].tobytes())
+        content.update(stops.get(place, "").encode())
+        start = place
+        if place in lengths:
+            found.append(content.hexdigest())
+    return found
 
 
-def describe(cache: Iterable[Cache]) -> list[dict[str, Any]]:
-    """The numbers of a cache, to be written as JSON beside its arrays."""
-    entries: list[dict[str, Any]] = []
-    for entry in cache:
-        about: dict[str, Any] = {"kind": type(entry).__name__, "offset": entry.offset}
-        if isinstance(entry, RotatingKVCache):
-            about |= {"max_size": entry.max_size, "keep": entry.keep}
-        if isinstance(entry, QuantizedKVCache):
-            about |= {"group_size": entry.group_size, "bits": entry.bits}
-        entries.append(about)
-    return entries
-
-
-def rebuild(about: Iterable[Mapping[str, Any]], arrays: list[list[mx.array]]) -> list[Cache]:
-    """A cache from what `describe` and `state` gave."""
-    return [_rebuild_entry(*pair) for pair in zip(about, arrays, strict=True)]
-
-
-def _rebuild_entry(about: Mapping[str, Any], arrays: list[mx.array]) -> Cache:
-    if about["kind"] == "ConvCache":
-        conv = ConvCache()
-        (conv.inputs,), conv.offset = arrays, about["offset"]
-        return conv
-    if about["kind"] == "QuantizedKVCache":
-        quantized = QuantizedKVCache(about["group_size"], about["bits"])
-        quantized.keys, quantized.values = Quantized(*arrays[:3]), Quantized(*arrays[3:])
-        quantized.offset = about["offset"]
-        return quantized
-    plain: KVCache | RotatingKVCache = KVCache()
-    if about["kind"] == "RotatingKVCache":
-        plain = RotatingKVCache(about["max_size"], about["keep"])
-    (plain.keys, plain.values), plain.offset = arrays, about["offset"]
-    return plain
-
-
-def write_file(
-    path: Path, fingerprint: str, data: Mapping[str, Any], arrays: Mapping[str, mx.array]
-) -> None:
-    """Writes a session beside its place and renames it, so that none is ever half there."""
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "fingerprint": fingerprint,
-        "data": json.dumps(data),
-    }
-    handle, temporary = tempfile.mkstemp(suffix=".safetensors", dir=path.parent)
-    os.close(handle)
-    try:
-        mx.save_safetensors(temporary, dict(arrays), metadata)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def read_file(path: Path, fingerprint: str) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """Reads a session.
-
-    Raises:
-        SnapshotError: with the reason why it is refused.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="mlx") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise SnapshotError(f"{path} cannot be read as a session: {error}") from None
-    expected = {"format": FORMAT, "version": str(VERSION), "fingerprint": fingerprint}
-    meaning = {"fingerprint": "it belongs to another model"}
-    for key, value in expected.items():
-        if metadata.get(key) != value:
-            reason = meaning.get(key, f"its {key} is {metadata.get(key)}, not {value}")
-            raise SnapshotError(f"{path} is refused: {reason}")
-    arrays = mx.load(str(path))
-    assert isinstance(arrays, dict)
-    mx.eval(arrays)
-    return json.loads(metadata["data"]), arrays
+def _kind(prompt: Prompt, options: CacheOptions, length: int) -> Any:
+    """What sets caches of one beginning apart; those that are plain as yet are all alike."""
+    if is_long(length, options):
+        return options.kv_group_size, options.kv_bits, options.quantized_kv_start
+    if options.max_kv_size is not None and length > options.max_kv_size:
+        keep = options.keep if options.keep is not None else prompt.first_turn_length
+        return options.max_kv_size, keep
+    return None

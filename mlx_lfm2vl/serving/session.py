@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import mlx.core as mx
+from typing import Any, Unpack
 
 from ..errors import PromptError
-from ..generation.answer import AnswerOptions, Clock, GenerationResponse
-from ..generation.generate import NO_CACHE_OPTIONS, read_embeddings, stream_answer, wired_limit
-from ..models.cache import Cache
+from ..generation.answer import GenerationResponse
+from ..generation.engine import AnswerRow, Engine
+from ..generation.generate import run, wired_limit
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
-from ..options import DEFAULT_MAX_TOKENS, CacheOptions, ImageOptions, Sampling
-from ..prompts.image_processor import NO_OPTIONS, ImageInput, ImageLayout, ProcessedImage
+from ..options import CacheOptions, ImageOptions
+from ..prompts.image_processor import NO_OPTIONS, ImageInput
 from ..prompts.messages import Message
-from ..prompts.processor import Lfm2VlProcessor, Prompt
-from .prefixes import (
-    PrefixKey,
-    SnapshotStore,
-    describe,
-    model_fingerprint,
-    read_file,
-    rebuild,
-    write_file,
-)
-
-MAX_SNAPSHOT_BYTES = 1 << 30
+from ..prompts.processor import Lfm2VlProcessor
+from ..prompts.question import NO_CACHE_OPTIONS, AnswerSettings, Question, Tools
+from .prefixes import MAX_PREFIX_BYTES, PrefixStore
+from .session_file import read_session, write_session
 
 
 @dataclass(frozen=True)
@@ -49,123 +39,58 @@ class Usage:
     encoded_images: int = 0
     generation_tokens: int = 0
 
+    @classmethod
+    def of(cls, row: AnswerRow) -> Usage:
+        """What a row has cost so far."""
+        length, reused = len(row.token_ids), row.reused
+        return cls(length, reused, length - reused, row.encoded_images, len(row.tokens))
 
-class Session:
-    """One conversation with one model, to be used from one thread at a time.
 
-    `see` encodes an image and reads it once. `ask` answers about all that was seen and said,
-    without becoming part of it; `send` is a turn of the conversation. Whatever a prompt has in
-    common with earlier ones (system message, images, turns) is not processed again.
+class Talk:
+    """What a conversation consists of, and the questions that it makes; nothing is computed here.
 
     Attributes:
         messages: the conversation so far, in the `transformers` form.
-        usage: what the last call cost.
-        snapshots: what can be reused.
+        pending: images that wait for the next message.
+        tools, image_options, cache_options: of all its questions.
     """
 
     def __init__(
         self,
-        model: Lfm2VlForConditionalGeneration,
-        processor: Lfm2VlProcessor,
         system: str | None = None,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
         image_options: ImageOptions = NO_OPTIONS,
         cache_options: CacheOptions = NO_CACHE_OPTIONS,
-        max_snapshot_bytes: int = MAX_SNAPSHOT_BYTES,
     ) -> None:
-        """Begins a conversation.
-
-        Args:
-            system: the system message.
-            tools: JSON schemas of functions the model may call.
-            image_options: changes of the checkpoint's image settings.
-            cache_options: bounds or quantizes what attention layers remember.
-            max_snapshot_bytes: what may be kept for reuse; the least recently used part leaves.
-        """
-        self.model = model
-        self.processor = processor
         self.tools = tools
         self.image_options = image_options
         self.cache_options = cache_options
         self.messages: list[Message] = []
+        self.pending: list[ImageInput] = []
         if system is not None:
             self.messages.append({"role": "system", "content": system})
-        self.usage = Usage()
-        self.snapshots = SnapshotStore(max_snapshot_bytes)
-        self._pending: list[ProcessedImage] = []
 
-    def see(self, image: ImageInput, image_options: ImageOptions | None = None) -> None:
-        """Encodes and reads an image now; the next questions are about it.
+    def question(self, text: str, **settings: Unpack[AnswerSettings]) -> Question:
+        """The conversation and one more message, as a question."""
+        if not isinstance(text, str):
+            raise PromptError(f"prompt is {text!r:.200}; a session takes a text")
+        if not text.strip():
+            raise PromptError("the prompt is empty; ask something")
+        return Question(
+            [*self.messages, user_message(self.pending, text)],
+            tools=self.tools,
+            image_options=self.image_options,
+            cache_options=self.cache_options,
+            **settings,
+        )
 
-        Several images stand in the order in which they were seen.
-
-        Raises:
-            ImageError: the image cannot be read; the session stays as it was.
-        """
-        options = image_options if image_options is not None else self.image_options
-        processed = self.processor.image_processor(image, options)
-        pending = [*self._pending, processed]
-        prompt, images = self._prompt(_user_message(pending, "?"))
-        stop = prompt.images[-1].stop
-        with wired_limit(self.model):
-            self._read(prompt, images, stop)
-        self._pending = pending
-
-    def ask(
-        self,
-        question: str,
-        *,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-        sampling: Sampling | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-    ) -> str:
-        """Answers a question that does not become part of the conversation."""
-        options = self._options(max_tokens, sampling, seed, stop)
-        return "".join(response.text for response in self._stream(question, options, keep=False))
-
-    def stream_ask(
-        self,
-        question: str,
-        *,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-        sampling: Sampling | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-    ) -> Iterator[GenerationResponse]:
-        """`ask`, piece by piece."""
-        options = self._options(max_tokens, sampling, seed, stop)
-        return self._stream(question, options, keep=False)
-
-    def send(
-        self,
-        message: str,
-        *,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-        sampling: Sampling | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-    ) -> str:
-        """A turn of the conversation: message and answer become part of it.
-
-        Images seen since the last turn belong to this message.
-        """
-        options = self._options(max_tokens, sampling, seed, stop)
-        return "".join(response.text for response in self._stream(message, options, keep=True))
-
-    def stream_send(
-        self,
-        message: str,
-        *,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-        sampling: Sampling | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-    ) -> Iterator[GenerationResponse]:
-        """`send`, piece by piece. A stream that is left early leaves the conversation as it was."""
-        options = self._options(max_tokens, sampling, seed, stop)
-        return self._stream(message, options, keep=True)
+    def take(self, question: Question, answer: str) -> None:
+        """Makes a question and its answer part of the conversation."""
+        assert isinstance(question.prompt, list)
+        self.messages = [*question.prompt, {"role": "assistant", "content": answer}]
+        asked = _images_of(question.prompt[-1])
+        self.pending = [image for image in self.pending if not any(image is a for a in asked)]
 
     def undo(self) -> None:
         """Takes back the last turn; its images wait for the next message again.
@@ -175,14 +100,106 @@ class Session:
         """
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise PromptError("there is no turn to undo")
-        user = self.messages[-2]
+        self.pending = [*_images_of(self.messages[-2]), *self.pending]
         self.messages = self.messages[:-2]
-        self._pending = [item["image"] for item in user["content"] if item["type"] == "image"]
 
     def reset(self) -> None:
         """Forgets conversation and images; the system message stays."""
         self.messages = [m for m in self.messages if m["role"] == "system"]
-        self._pending = []
+        self.pending = []
+
+
+class Session(Talk):
+    """One conversation with one model, to be used from one thread at a time.
+
+    `see` encodes an image and reads it once. `ask` answers about all that was seen and said,
+    without becoming part of it; `send` is a turn of the conversation. Whatever a prompt has in
+    common with earlier ones (system message, images, turns) is not processed again.
+
+    Attributes:
+        usage: what the last call cost.
+        prefixes: what can be reused.
+    """
+
+    def __init__(
+        self,
+        model: Lfm2VlForConditionalGeneration,
+        processor: Lfm2VlProcessor,
+        system: str | None = None,
+        *,
+        tools: Tools | None = None,
+        image_options: ImageOptions = NO_OPTIONS,
+        cache_options: CacheOptions = NO_CACHE_OPTIONS,
+        max_prefix_bytes: int = MAX_PREFIX_BYTES,
+    ) -> None:
+        """Begins a conversation.
+
+        Args:
+            system: the system message.
+            tools: JSON schemas of functions the model may call.
+            image_options: changes of the checkpoint's image settings.
+            cache_options: bounds or quantizes what attention layers remember.
+            max_prefix_bytes: what may be kept for reuse; the least recently used part goes first.
+        """
+        super().__init__(
+            system, tools=tools, image_options=image_options, cache_options=cache_options
+        )
+        self.model = model
+        self.processor = processor
+        self.usage = Usage()
+        self.prefixes = PrefixStore(max_prefix_bytes)
+
+    def see(self, image: ImageInput, image_options: ImageOptions | None = None) -> None:
+        """Encodes and reads an image now; the next questions are about it.
+
+        Several images stand in the order in which they were seen.
+
+        Raises:
+            ImageError: the image cannot be read; the session stays as it was.
+            PromptError: it does not fit beside the others; likewise.
+        """
+        options = image_options if image_options is not None else self.image_options
+        processed = self.processor.image_processor(image, options)
+        pending = [*self.pending, processed]
+        prompt = Question(
+            [*self.messages, user_message(pending, "?")],
+            tools=self.tools,
+            cache_options=self.cache_options,
+        )
+        engine = self._engine()
+        stop = prompt.prepare(self.processor).images[-1].stop
+        row = engine.add(prompt, read_only=stop)
+        with wired_limit(self.model):
+            list(run(engine, row))
+        self.usage = Usage.of(row)
+        self.pending = [*self.pending, processed]
+
+    def ask(self, question: str, **settings: Unpack[AnswerSettings]) -> str:
+        """Answers a question that does not become part of the conversation.
+
+        Args:
+            settings: see `AnswerSettings`.
+        """
+        return "".join(response.text for response in self.stream_ask(question, **settings))
+
+    def stream_ask(
+        self, question: str, **settings: Unpack[AnswerSettings]
+    ) -> Iterator[GenerationResponse]:
+        """`ask`, piece by piece."""
+        return self._stream(self.question(question, **settings), keep=False)
+
+    def send(self, message: str, **settings: Unpack[AnswerSettings]) -> str:
+        """A turn of the conversation: message and answer become part of it.
+
+        Images seen since the last turn belong to this message.
+        """
+        return "".join(response.text for response in self.stream_send(message, **settings))
+
+    def stream_send(
+        self, message: str, **settings: Unpack[AnswerSettings]
+    ) -> Iterator[GenerationResponse]:
+        """`send`, piece by piece. A stream that is left early leaves the conversation as it was."""
+        return self._stream(self.question(message, **settings), keep=True)
 
     def fork(self) -> Session:
         """A second conversation that begins as this one; both share what can be reused."""
@@ -193,143 +210,19 @@ class Session:
             image_options=self.image_options,
             cache_options=self.cache_options,
         )
-        twin.messages = list(self.messages)
-        twin.snapshots = self.snapshots
-        twin._pending = list(self._pending)
+        twin.messages, twin.pending = list(self.messages), list(self.pending)
+        twin.prefixes = self.prefixes
         return twin
 
-    def _options(
-        self, max_tokens: int, sampling: Sampling | None, seed: int | None, stop: Sequence[str]
-    ) -> AnswerOptions:
-        chosen = sampling if sampling is not None else self.processor.generation_config.sampling
-        return AnswerOptions(max_tokens, chosen, seed, tuple(stop))
-
-    def _prompt(self, last: Message) -> tuple[Prompt, list[ProcessedImage]]:
-        """The prompt of the conversation and one more message, and its images in order."""
-        messages = [*self.messages, last]
-        images = [
-            item["image"]
-            for message in messages
-            if isinstance(message["content"], list)
-            for item in message["content"]
-            if item["type"] == "image"
-        ]
-        return self.processor(messages, tools=self.tools), images
-
-    def _stream(
-        self, text: str, options: AnswerOptions, keep: bool
-    ) -> Iterator[GenerationResponse]:
-        if not text.strip():
-            raise PromptError("the message is empty; ask something")
-        message = _user_message(self._pending, text)
-        prompt, images = self._prompt(message)
-        clock = Clock(prompt)
-        tokens: list[int] = []
-        pieces: list[str] = []
-        with wired_limit(self.model):
-            start, cache = self._read(prompt, images, len(prompt.token_ids) - 1)
-            embeddings = self.model.embed_prompt(prompt, start)
-            for response in stream_answer(
-                self.model,
-                self.processor,
-                prompt,
-                options,
-                cache,
-                embeddings,
-                clock,
-                self.cache_options,
-            ):
-                tokens.append(response.token)
-                pieces.append(response.text)
-                yield response
-        self.usage = replace(self.usage, generation_tokens=len(tokens))
-        if keep:
-            answer = {"role": "assistant", "content": "".join(pieces)}
-            self.messages = [*self.messages, message, answer]
-            self._pending = []
-            # the last token may not have been read, so the cache knows how far it came
-            read = (prompt.token_ids + tokens)[: cache[0].offset]
-            self._keep(read, prompt, images, cache)
-
-    def _read(
-        self, prompt: Prompt, images: list[ProcessedImage], stop: int
-    ) -> tuple[int, list[Cache]]:
-        """Reads the prompt up to the last place worth keeping at or before `stop`.
-
-        Goes on from the longest known beginning, and keeps the cache after the system message and
-        after each image. Returns the length of what the cache holds, and the cache.
-        """
-        length = len(prompt.token_ids)
-        # a rotating cache pins what is read first: the images of `see`, or a whole first prompt
-        total = stop if stop < length - 1 else length
-        digests = [image.digest for image in images]
-        known = self.snapshots.longest(prompt.token_ids, digests)
-        start, cache = known if known is not None else (0, None)
-        if cache is None:
-            cache = self.model.make_cache(self.cache_options, total)
-        self.usage = Usage(
-            prompt_tokens=total,
-            reused_tokens=start,
-            processed_tokens=total - start,
-            encoded_images=sum(start <= image.start < total for image in prompt.images),
-        )
-        for place in sorted(
-            {self._system_length(prompt), *(image.stop for image in prompt.images)}
-        ):
-            if start < place <= stop:
-                embeddings = self.model.embed_prompt(prompt, start, place)
-                read_embeddings(self.model.language_model, embeddings, cache, self.cache_options)
-                self._keep(prompt.token_ids[:place], prompt, images, cache)
-                start = place
-        return start, cache
-
-    def _keep(
-        self,
-        token_ids: list[int],
-        prompt: Prompt,
-        images: list[ProcessedImage],
-        cache: list[Cache],
-    ) -> None:
-        inside = sum(image.stop <= len(token_ids) for image in prompt.images)
-        digests = tuple(image.digest for image in images[:inside])
-        self.snapshots.put(PrefixKey(tuple(token_ids), digests), cache)
-
-    def _system_length(self, prompt: Prompt) -> int:
-        """Positions of the system message, 0 where the prompt does not begin with it."""
-        system = [message for message in self.messages[:1] if message["role"] == "system"]
-        if not system:
-            return 0
-        ids = self.processor.tokenizer.apply_chat_template(
-            system, self.tools, add_generation_prompt=False
-        )
-        return len(ids) if prompt.token_ids[: len(ids)] == ids else 0
-
     def save(self, path: str | Path) -> None:
-        """Writes conversation, images and snapshots into one safetensors file."""
-        images = _Images()
-        data: dict[str, Any] = {
-            "messages": [images.take_out(message) for message in self.messages],
-            "pending": [images.number(image) for image in self._pending],
-            "snapshots": [],
-        }
-        arrays: dict[str, mx.array] = {}
-        for n, (key, cache) in enumerate(self.snapshots.entries.items()):
-            data["snapshots"].append(
-                {
-                    "token_ids": key.token_ids,
-                    "image_digests": key.image_digests,
-                    "cache": describe(cache),
-                    "arrays": [len(entry.state) for entry in cache],
-                }
-            )
-            for layer, entry in enumerate(cache):
-                for k, array in enumerate(entry.state):
-                    arrays[f"snapshot.{n}.{layer}.{k}"] = array
-        data["images"] = images.describe()
-        arrays |= {
-            f"image.{n}": mx.array(image.pixel_values) for n, image in enumerate(images.found)
-        }
-        write_file(Path(path), model_fingerprint(self.model), data, arrays)
+        """Writes conversation, images and what can be reused of it into one safetensors file."""
+        prompt = None
+        if self.messages or self.pending:
+            last = user_message(self.pending, "?")
+            prompt = self.processor([*self.messages, last], tools=self.tools)
+        keys = [] if prompt is None else list(self.prefixes.keys(prompt, self.cache_options))
+        entries = {key: self.prefixes.entries[key] for key in keys}
+        write_session(Path(path), self.model, self.messages, self.pending, entries)
 
     def load(self, path: str | Path) -> None:
         """Takes over the conversation of a file that `save` wrote with the same model.
@@ -338,85 +231,33 @@ class Session:
             SnapshotError: a damaged file, or one of another model or version; the session stays
                 as it was.
         """
-        data, arrays = read_file(Path(path), model_fingerprint(self.model))
-        images = _Images.read(data["images"], arrays)
-        entries = {}
-        for n, about in enumerate(data["snapshots"]):
-            layers = [
-                [arrays[f"snapshot.{n}.{layer}.{k}"] for k in range(count)]
-                for layer, count in enumerate(about["arrays"])
-            ]
-            key = PrefixKey(tuple(about["token_ids"]), tuple(about["image_digests"]))
-            entries[key] = rebuild(about["cache"], layers)
-        self.messages = [images.put_in(message) for message in data["messages"]]
-        self._pending = [images.found[number] for number in data["pending"]]
-        self.snapshots.clear()
-        for key, cache in entries.items():
-            self.snapshots.put(key, cache)
+        self.messages, self.pending, entries = read_session(Path(path), self.model)
+        for key, entry in entries.items():
+            self.prefixes.add(key, entry)
+
+    def _engine(self) -> Engine:
+        return Engine(self.model, self.processor, prefixes=self.prefixes)
+
+    def _stream(self, question: Question, keep: bool) -> Iterator[GenerationResponse]:
+        pieces: list[str] = []
+        with wired_limit(self.model):
+            engine = self._engine()
+            row = engine.add(question, keep_answer=keep)
+            for response in run(engine, row):
+                pieces.append(response.text)
+                yield response
+        self.usage = Usage.of(row)
+        if keep:
+            self.take(question, "".join(pieces))
 
 
-class _Images:
-    """Numbers the images of a conversation, to write each once beside the messages."""
-
-    def __init__(self, found: list[ProcessedImage] | None = None) -> None:
-        self.found = found if found is not None else []
-
-    def number(self, image: ProcessedImage) -> int:
-        for n, known in enumerate(self.found):
-            if known.digest == image.digest:
-                return n
-        self.found.append(image)
-        return len(self.found) - 1
-
-    def take_out(self, message: Message) -> Message:
-        return _map_images(message, self.number)
-
-    def put_in(self, message: Message) -> Message:
-        return _map_images(message, lambda number: self.found[number])
-
-    def describe(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "spatial_shapes": image.spatial_shapes,
-                "rows": image.layout.rows,
-                "cols": image.layout.cols,
-                "whole": image.layout.whole,
-                "view_tokens": image.view_tokens,
-                "use_image_special_tokens": image.use_image_special_tokens,
-            }
-            for image in self.found
-        ]
-
-    @classmethod
-    def read(cls, described: list[dict[str, Any]], arrays: Mapping[str, mx.array]) -> _Images:
-        import numpy as np
-
-        found = []
-        for n, about in enumerate(described):
-            whole = None if about["whole"] is None else tuple(about["whole"])
-            found.append(
-                ProcessedImage(
-                    tuple((rows, cols) for rows, cols in about["spatial_shapes"]),
-                    ImageLayout(about["rows"], about["cols"], whole),
-                    tuple(about["view_tokens"]),
-                    about["use_image_special_tokens"],
-                    np.array(arrays[f"image.{n}"]),
-                )
-            )
-        return cls(found)
-
-
-def _map_images(message: Message, change: Callable[[Any], Any]) -> Message:
-    content = message["content"]
-    if not isinstance(content, list):
-        return message
-    items = [
-        {**item, "image": change(item["image"])} if item["type"] == "image" else item
-        for item in content
-    ]
-    return {**message, "content": items}
-
-
-def _user_message(images: list[ProcessedImage], text: str) -> dict[str, Any]:
+def user_message(images: list[ImageInput], text: str) -> dict[str, Any]:
+    """What a user says about some images, which come first."""
     items = [{"type": "image", "image": image} for image in images]
     return {"role": "user", "content": [*items, {"type": "text", "text": text}]}
+
+
+def _images_of(message: Message) -> list[ImageInput]:
+    content = message["content"]
+    items = content if isinstance(content, list) else []
+    return [item["image"] for item in items if item["type"] == "image"]

@@ -1,197 +1,60 @@
-"""`Worker`: a thread that owns a model and answers requests from any thread and from asyncio.
+"""`Worker`: a model and its thread, asked from any thread and from asyncio.
 
-MLX streams belong to threads, so one thread does all the work, one request after another.
+MLX streams belong to threads, so one thread does all the work; several answers grow at once.
 """
 
 from __future__ import annotations
 
 import asyncio
-import atexit
+import os
 import threading
-import traceback
 import weakref
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, cast
-
-import mlx.core as mx
+from typing import Any, Unpack, cast
 
 from ..checkpoints.loading import load as load_model
-from ..errors import Lfm2VlError
-from ..generation.answer import GenerationResponse
-from ..generation.generate import NO_CACHE_OPTIONS, stream_generate
-from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
-from ..options import DEFAULT_MAX_TOKENS, CacheOptions, ImageOptions
-from ..prompts.image_processor import NO_OPTIONS, ImageInput
-from ..prompts.messages import Conversation
+from ..errors import Lfm2VlError, PromptError
+from ..generation.batch import BATCH_SIZE, DEFAULT_BATCH_SIZE
+from ..generation.generate import as_question
+from ..options import CacheOptions, ImageOptions
+from ..prompts.image_processor import NO_OPTIONS, ImageInput, ProcessedImage
+from ..prompts.messages import Conversation, Message
 from ..prompts.processor import Lfm2VlProcessor, Prompt
-
-EXIT_PATIENCE = 10.0  # seconds that the interpreter's exit waits for the token under way
-Parts = tuple[Lfm2VlForConditionalGeneration, Lfm2VlProcessor]
-Ask = Callable[[Lfm2VlForConditionalGeneration, Lfm2VlProcessor], Iterator[GenerationResponse]]
-
-
-class RequestCancelled(Lfm2VlError):
-    """A request was cancelled, replaced by a later one, or its worker closed."""
-
-
-class Request:
-    """An answer on its way, made by `Worker.submit`.
-
-    `for response in request` and `async for response in request` give each response from the
-    first one on, as often as they are asked; `request.result()` and `await request` give the whole
-    text. All of them raise what went wrong: `RequestCancelled`, or what `load` or
-    `stream_generate` raised. To stop iterating does not stop the answer, `cancel` does; so does
-    cancelling an asyncio task that waits for it.
-    """
-
-    def __init__(self, ask: Ask, logprobs: bool) -> None:
-        self._ask: Ask | None = ask  # None once it has begun or ended
-        self._logprobs = logprobs
-        # kept without bound: a few hundred bytes each, max_tokens at most
-        self._responses: list[GenerationResponse] = []
-        self._error: BaseException | None = None
-        self._done = False
-        self._changed = threading.Condition()
-        self._listeners: list[Callable[[], None]] = []
-
-    @property
-    def done(self) -> bool:
-        """Whether it has ended: answered, cancelled or failed."""
-        return self._done
-
-    @property
-    def responses(self) -> list[GenerationResponse]:
-        """The responses so far; never waits."""
-        with self._changed:
-            return list(self._responses)
-
-    @property
-    def text(self) -> str:
-        """The text so far; never waits and never raises, so a window may poll it."""
-        return "".join(response.text for response in self.responses)
-
-    def result(self, timeout: float | None = None) -> str:
-        """Waits for the whole text.
-
-        Raises:
-            TimeoutError: it took more than `timeout` seconds; the request goes on.
-        """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._done, timeout):
-                raise TimeoutError(f"no answer within {timeout} seconds")
-        self._raise()
-        return self.text
-
-    def cancel(self, reason: str = "the request was cancelled") -> bool:
-        """Ends it now; no response comes after this. False where it had ended already.
-
-        The worker lets go of it after the token under way, or the prompt under way.
-        """
-        return self._finish(RequestCancelled(reason))
-
-    def __iter__(self) -> Iterator[GenerationResponse]:
-        seen = 0
-        while True:
-            with self._changed:
-                self._changed.wait_for(partial(self._has_news, seen))
-                news, done = self._responses[seen:], self._done
-            yield from news
-            if done:
-                return self._raise()
-            seen += len(news)
-
-    async def __aiter__(self) -> AsyncIterator[GenerationResponse]:
-        loop, event, seen = asyncio.get_running_loop(), asyncio.Event(), 0
-        wake = partial(_wake, loop, event)
-        with self._changed:
-            self._listeners.append(wake)
-        try:
-            while True:
-                event.clear()
-                with self._changed:
-                    news, done = self._responses[seen:], self._done
-                for response in news:
-                    yield response
-                if done:
-                    self._raise()
-                    return
-                seen += len(news)
-                await event.wait()
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
-        finally:
-            with self._changed:
-                self._listeners.remove(wake)
-
-    def __await__(self) -> Generator[Any, None, str]:
-        return self._whole().__await__()
-
-    async def _whole(self) -> str:
-        async for _ in self:
-            pass
-        return self.text
-
-    def _has_news(self, seen: int) -> bool:
-        return self._done or len(self._responses) > seen
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _begin(self) -> Ask | None:
-        """What to do, once; None where it has been cancelled."""
-        with self._changed:
-            ask, self._ask = self._ask, None
-            return ask
-
-    def _drop(self, reason: str) -> None:
-        """Cancels it, unless it has begun."""
-        with self._changed:
-            if self._ask is not None:
-                self.cancel(reason)
-
-    def _add(self, response: GenerationResponse) -> None:
-        with self._changed:
-            if not self._done:
-                self._responses.append(response)
-                self._tell()
-
-    def _finish(self, error: BaseException | None = None) -> bool:
-        """The first end counts."""
-        with self._changed:
-            if self._done:
-                return False
-            self._done, self._error = True, error
-            self._ask = None  # with its images
-            self._tell()
-            return True
-
-    def _tell(self) -> None:
-        self._changed.notify_all()
-        for listener in self._listeners:
-            listener()
+from ..prompts.question import (
+    NO_CACHE_OPTIONS,
+    AnswerSettings,
+    Question,
+    QuestionSettings,
+    Tools,
+)
+from .pending import PendingAnswer, own_copy
+from .prefixes import MAX_PREFIX_BYTES, PrefixStore
+from .session import Talk
+from .session_file import map_images
+from .thread import EngineThread, Job, Parts, close_at_exit
 
 
 class Worker:
     """Owns a model and the thread that runs it.
 
         with Worker("LiquidAI/LFM2.5-VL-450M") as worker:
-            request = worker.submit("What is in this image?", "photo.jpg")
-            for response in request:
+            answer = worker.submit("What is in this image?", "photo.jpg")
+            for response in answer:
                 print(response.text, end="")
 
-    Loading begins at once, in the thread. A worker that is forgotten answers what it was asked
-    and ends; at the interpreter's exit it ends with the token under way.
+    Loading begins at once, in the thread. Several questions are answered together, and what their
+    prompts have in common is read once. A worker that is forgotten answers what it was asked and
+    ends; at the interpreter's exit it ends with the token under way.
 
     Args:
-        model, dtype, revision: as for `load`.
-        load: makes (model, processor) in the worker's thread, instead of the three.
+        model, dtype, revision, adapter_path: as for `load`.
+        load: makes (model, processor) in the worker's thread, instead of these.
+        batch_size: how many answers grow at once.
+        max_prefix_bytes: what may be kept for reuse; the least recently used part goes first.
     """
 
     def __init__(
@@ -200,94 +63,82 @@ class Worker:
         dtype: str | None = None,
         revision: str | None = None,
         *,
+        adapter_path: str | Path | None = None,
         load: Callable[[], Parts] | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        max_prefix_bytes: int = MAX_PREFIX_BYTES,
     ) -> None:
         if (model is None) == (load is None):
             raise TypeError("a Worker takes either model or load")
+        BATCH_SIZE.check("batch_size", batch_size, PromptError)
         if load is None:
-            load = partial(load_model, cast("str | Path", model), dtype, revision)
-        _close_at_exit()
-        self._thread = _Thread(load)
+            load = partial(
+                load_model, cast("str | Path", model), dtype, revision, adapter_path=adapter_path
+            )
+        close_at_exit()
+        self._thread = EngineThread(load, batch_size, PrefixStore(max_prefix_bytes))
         # atexit is _close_all's; SimpleQueue.put may be called by the garbage collector
         weakref.finalize(self, self._thread.queue.put, None).atexit = False
         self._thread.start()
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
-        """Waits until the model is loaded. Nobody needs to; requests wait for it, too.
+        """Waits until the model is loaded. Nobody needs to; questions wait for it, too.
 
         Raises:
             TimeoutError: it took more than `timeout` seconds.
             ModelNotFoundError, ConfigError, WeightsError: what `load` raised.
-            RequestCancelled: the worker is closed.
+            AnswerCancelled: the worker is closed.
         """
+        self._thread.check_process()
         if not self._thread.loaded.wait(timeout):
             raise TimeoutError(f"the model is not loaded after {timeout} seconds")
         if self._thread.error is not None:
-            raise self._thread.error
+            raise own_copy(self._thread.error)
+
+    async def ready(self) -> None:
+        """`wait_until_ready` for asyncio."""
+        await asyncio.to_thread(self.wait_until_ready)
 
     def submit(
         self,
-        prompt: Conversation | Prompt,
+        prompt: Conversation | Prompt | Question,
         images: ImageInput | Sequence[ImageInput] | None = None,
         *,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        repetition_context_size: int | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        image_options: ImageOptions = NO_OPTIONS,
-        cache_options: CacheOptions = NO_CACHE_OPTIONS,
         logprobs: bool = False,
         latest: str | None = None,
-    ) -> Request:
+        **settings: Unpack[QuestionSettings],
+    ) -> PendingAnswer:
         """Asks, from any thread; never waits.
 
-        Whatever goes wrong is raised by the request: what `stream_generate` raises, what `load`
-        raised, or `RequestCancelled` where the worker is closed.
+        Whatever goes wrong is raised by the answer: what `stream_generate` raises, what `load`
+        raised, or `AnswerCancelled` if the worker is closed.
 
         Args:
-            prompt, images, max_tokens, temperature, top_p, top_k, min_p, repetition_penalty,
-                repetition_context_size, seed, stop, tools, image_options, cache_options: as for
-                `stream_generate`. Images are read when the request's turn comes, so an array may
-                not change until then.
+            prompt, images, settings: as for `stream_generate`. Images are read later, in another
+                thread, so an array may not change until then.
             logprobs: keep the log-probabilities of each response, (vocab,) float32, 0.3 MB or so;
                 otherwise they are empty.
-            latest: a name, such as "camera", under which only the last request waits: an older one
-                that has not begun is cancelled, one that has goes on.
+            latest: a name, such as "camera", under which only the last question waits: an older one
+                that has not begun is cancelled, one that has continues.
         """
-        ask = partial(
-            stream_generate,
-            prompt=prompt,
-            images=images,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            repetition_context_size=repetition_context_size,
-            seed=seed,
-            stop=stop,
-            tools=tools,
-            image_options=image_options,
-            cache_options=cache_options,
-        )
-        request = Request(ask, logprobs)
-        self._thread.put(request, latest)
-        return request
+        pending = self._thread.pending()
+        try:
+            question = as_question(prompt, images, **settings)
+        except Lfm2VlError as error:
+            pending._finish(error)
+            return pending
+        self._thread.put(Job(pending, partial(prepared, question), logprobs=logprobs), latest)
+        return pending
 
     def close(self, timeout: float | None = None) -> None:
-        """Cancels every request and waits for the thread, which frees the model; may be repeated.
+        """Cancels everything and waits for the thread, which frees the model; may be repeated.
 
-        Waits for the token, the prompt or the loading under way, `timeout` seconds at most.
+        Waits for the token, the piece of a prompt or the loading under way, `timeout` seconds at
+        most.
         """
         self._thread.stop()
-        self._thread.join(timeout)
+        if self._thread.process == os.getpid():
+            self._thread.join(timeout)
 
     def __enter__(self) -> Worker:
         return self
@@ -295,118 +146,155 @@ class Worker:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    async def __aenter__(self) -> Worker:
+        return self
 
-class _Thread(threading.Thread):
-    """Does the work. It does not know its `Worker`, so a forgotten one can be collected."""
+    async def __aexit__(self, *exception: object) -> None:
+        await asyncio.to_thread(self.close)
 
-    def __init__(self, load: Callable[[], Parts]) -> None:
-        # the interpreter would wait for any other thread before it tells us of its exit
-        super().__init__(target=self._serve, args=(load,), name="mlx_lfm2vl.Worker", daemon=True)
-        self.queue: SimpleQueue[Request | None] = SimpleQueue()
-        self.lock = threading.Lock()  # nothing enters the queue once `closed` is set
-        self.closed = False
-        self.loaded = threading.Event()
-        self.error: BaseException | None = None  # what a request meets that comes too late
-        self.latest: weakref.WeakValueDictionary[str, Request] = weakref.WeakValueDictionary()
+    def session(
+        self,
+        system: str | None = None,
+        *,
+        tools: Tools | None = None,
+        image_options: ImageOptions = NO_OPTIONS,
+        cache_options: CacheOptions = NO_CACHE_OPTIONS,
+    ) -> WorkerSession:
+        """A conversation that remembers its images; arguments as for `Session`."""
+        talk = Talk(system, tools=tools, image_options=image_options, cache_options=cache_options)
+        return WorkerSession(self, talk)
 
-    def put(self, request: Request, latest: str | None) -> None:
-        with self.lock:
-            if self.closed:
-                request._finish(self.error or RequestCancelled("the worker is closed"))
-                return
-            if latest is not None:
-                older = self.latest.get(latest)
-                if older is not None:
-                    older._drop(f"a later request for {latest!r} took its place")
-                self.latest[latest] = request
-            self.queue.put(request)
 
-    def stop(self) -> None:
-        with self.lock:
-            self.closed = True
-        self.queue.put(None)
+class WorkerSession:
+    """A conversation with a worker's model, to be used from any thread; nothing here waits.
 
-    def _serve(self, load: Callable[[], Parts]) -> None:
-        error: BaseException = RequestCancelled("the worker is closed")
-        try:
-            self._work(load)  # the model lives and dies in there
-        except BaseException as raised:  # noqa: BLE001 - its place is in the caller's thread
-            error = _without_frames(raised)
-        mx.clear_cache()
-        # streams that end after join, with the system's thread, may meet the end of the process:
-        # "terminate called without an active exception"
-        mx.clear_streams()
-        with self.lock:
-            self.closed, self.error = True, error
-        self.loaded.set()
-        while not self.queue.empty():
-            request = self.queue.get()
-            if request is not None:
-                request._finish(error)
+    `see`, `ask` and `send` are those of `Session`, but give answers on their way. What is asked
+    while a turn is on its way is asked after it.
 
-    def _work(self, load: Callable[[], Parts]) -> None:
-        model, processor = load()
-        self.loaded.set()
-        while not self.closed and (request := self.queue.get()) is not None:
-            error: BaseException | None = None
+    Attributes:
+        messages: the conversation so far, in the `transformers` form.
+    """
+
+    def __init__(self, worker: Worker, talk: Talk) -> None:
+        self._worker = worker
+        self._talk = talk
+        self._lock = threading.RLock()
+        self._sending = False
+        self._later: deque[Callable[[], None]] = deque()  # what waits for the turn under way
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation so far, its pictures as they were given."""
+        with self._lock:
+            return list(self._talk.messages)
+
+    def see(self, image: ImageInput, image_options: ImageOptions | None = None) -> PendingAnswer:
+        """Reads an image once; the questions that follow are about it.
+
+        Nobody needs to wait for the answer, which is empty. If the image cannot be read, it raises
+        an ImageError, and so do questions that were asked meanwhile; later ones are not about it.
+        """
+        options = image_options if image_options is not None else self._talk.image_options
+        seen = _Image(image, options)
+
+        def begin(pending: PendingAnswer) -> Job:
+            self._talk.pending = [*self._talk.pending, cast(ImageInput, seen)]
+            question = self._talk.question("?")
+            return Job(pending, partial(_prepared, question), read_only=True, end=end)
+
+        def end(question: Question | None) -> None:
+            with self._lock:
+                if seen.error is not None:
+                    self._talk.pending = [i for i in self._talk.pending if cast(Any, i) is not seen]
+
+        return self._start(begin)
+
+    def ask(self, question: str, **settings: Unpack[AnswerSettings]) -> PendingAnswer:
+        """Answers a question that does not become part of the conversation."""
+
+        def begin(pending: PendingAnswer) -> Job:
+            return Job(pending, partial(_prepared, self._talk.question(question, **settings)))
+
+        return self._start(begin)
+
+    def send(self, message: str, **settings: Unpack[AnswerSettings]) -> PendingAnswer:
+        """A turn of the conversation: message and answer become part of it, if it is answered."""
+
+        def begin(pending: PendingAnswer) -> Job:
+            asked = self._talk.question(message, **settings)
+            self._sending = True
+
+            def end(question: Question | None) -> None:
+                with self._lock:
+                    if question is not None:
+                        self._talk.take(asked, pending.text)
+                    self._sending = False
+                    while self._later and not self._sending:
+                        self._later.popleft()()
+
+            return Job(pending, partial(_prepared, asked), keep_answer=True, end=end)
+
+        return self._start(begin)
+
+    def undo(self) -> None:
+        """Takes back the last turn; a PromptError if there is none."""
+        with self._lock:
+            self._talk.undo()
+
+    def reset(self) -> None:
+        """Forgets conversation and images; the system message stays."""
+        with self._lock:
+            self._talk.reset()
+
+    def _start(self, begin: Callable[[PendingAnswer], Job]) -> PendingAnswer:
+        pending = self._worker._thread.pending()
+
+        def start() -> None:
             try:
-                self._answer(request, model, processor)
-            except BaseException as raised:  # noqa: BLE001 - its place is in the caller's thread
-                error = _without_frames(raised)
-            mx.synchronize()  # the step that was under way gives its memory back, too
-            mx.clear_cache()
-            request._finish(error)
-            del request, error  # or they would live until the next one
-        del model, processor  # a traceback that a caller keeps leads back to this frame
+                job = begin(pending)
+            except Lfm2VlError as error:
+                pending._finish(error)
+            else:
+                self._worker._thread.put(job)
 
-    def _answer(
-        self, request: Request, model: Lfm2VlForConditionalGeneration, processor: Lfm2VlProcessor
-    ) -> None:
-        ask = request._begin()
-        if ask is None:
-            return
-        generator = cast("Generator[GenerationResponse, None, None]", ask(model, processor))
-        with closing(generator) as responses:
-            for response in responses:
-                if request._logprobs:
-                    mx.eval(response.logprobs)  # no other thread could
-                else:
-                    response = replace(response, logprobs=_no_logprobs())
-                request._add(response)
-                if self.closed:
-                    request.cancel("the worker is closed")
-                if request.done:
-                    return
+        with self._lock:
+            if self._sending:
+                self._later.append(start)
+            else:
+                start()
+        return pending
 
 
-@cache
-def _no_logprobs() -> mx.array:
-    """(0,), of no stream, so any thread may look at it."""
-    return mx.array([])
+class _Image:
+    """An image of a session: read once, in the thread that first needs it."""
+
+    def __init__(self, image: ImageInput, options: ImageOptions) -> None:
+        self.image, self.options = image, options
+        self.error: Lfm2VlError | None = None
+        self.lock = threading.Lock()
+
+    def read(self, processor: Lfm2VlProcessor) -> ProcessedImage:
+        """The processed image; raises what went wrong, again and again."""
+        with self.lock:
+            if self.error is not None:
+                raise own_copy(self.error)
+            try:
+                processed = processor.image_processor(self.image, self.options)
+            except Lfm2VlError as error:
+                self.error = error
+                raise
+            self.image = processed
+            return processed
 
 
-def _without_frames(error: BaseException) -> BaseException:
-    """An exception that holds no model and no cache through the frames of its traceback."""
-    traceback.clear_frames(error.__traceback__)
-    # the first frame is still running
-    return error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+def prepared(question: Question, processor: Lfm2VlProcessor) -> Question:
+    """The same question, its prompt made."""
+    prompt = question.prepare(processor)
+    return replace(question, prompt=prompt, images=None, tools=None, image_options=NO_OPTIONS)
 
 
-def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    with suppress(RuntimeError):  # the loop is closed, nobody waits
-        loop.call_soon_threadsafe(event.set)
-
-
-@cache
-def _close_at_exit() -> None:
-    """Registers `_close_all`, once."""
-    atexit.register(_close_all)
-
-
-def _close_all() -> None:
-    """A thread inside MLX must not meet the end of the interpreter."""
-    threads = [thread for thread in threading.enumerate() if isinstance(thread, _Thread)]
-    for thread in threads:
-        thread.stop()
-    for thread in threads:
-        thread.join(EXIT_PATIENCE)
+def _prepared(question: Question, processor: Lfm2VlProcessor) -> Question:
+    """As `prepared`, for a session's question."""
+    messages = cast("list[Message]", question.prompt)
+    read = [map_images(message, lambda image: image.read(processor)) for message in messages]
+    return prepared(replace(question, prompt=read), processor)

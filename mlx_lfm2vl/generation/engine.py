@@ -1,0 +1,524 @@
+"""The engine: one loop that reads prompts and decodes answers, for one row and for many.
+
+Rows join and leave at any token. Prompts are read alone and in pieces, between the steps of those
+rows that answer already; rows whose caches are of one kind decode together.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, NamedTuple, Protocol, cast
+
+import mlx.core as mx
+
+from ..errors import PromptError
+from ..models.cache import Cache, KVCache, blocks, is_long, quantize_caches
+from ..models.lfm2 import Lfm2ForCausalLM
+from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
+from ..options import CacheOptions
+from ..prompts.processor import Lfm2VlProcessor, Prompt
+from ..prompts.question import NO_CACHE_OPTIONS, Question
+from .answer import Answer, Clock, GenerationResponse
+from .decoding import States, decode_step
+from .sampling import LogitsProcessor, Sampler, from_settings
+
+PREFILL_STEP_SIZE = 1024  # positions of a prompt at once; more takes memory and saves no time
+CLEAR_CACHE_EVERY = 256  # steps
+RESERVE = 1024  # slots at most that wait for an answer, so that few steps are traced again
+
+
+class Prefixes(Protocol):
+    """What remembers beginnings of prompts; see `serving.prefixes.PrefixStore`."""
+
+    @property
+    def features(self) -> Any:
+        """Image features by digest, a mutable mapping."""
+
+    def places(self, prompt: Prompt) -> list[int]:
+        """Lengths of the beginnings that are worth keeping."""
+
+    def find(self, prompt: Prompt, options: CacheOptions) -> list[Cache] | None:
+        """A cache of one's own that holds the longest known beginning."""
+
+    def put(
+        self,
+        token_ids: Sequence[int],
+        prompt: Prompt,
+        cache: Sequence[Cache],
+        options: CacheOptions,
+    ) -> None:
+        """Keeps a copy of a cache that holds these tokens, the images of a prompt among them."""
+
+
+@dataclass(eq=False)
+class Row:
+    """One answer in work.
+
+    Attributes:
+        token_ids: the prompt.
+        max_tokens: how many tokens at most; 0 only reads the prompt.
+        sampler, logits_processors: see `sampling`; no sampler takes the most likely token.
+        cache: where it continues from.
+        cache_options: says when keys and values become integers.
+        prompt: with its images, if beginnings are to be remembered.
+        keep_cache: fill the cache again when it ends.
+        keep_answer: remember the beginning that prompt and answer make together.
+        reused: positions that were known already.
+        tokens: of the answer so far.
+        finished: whether it has ended.
+    """
+
+    token_ids: list[int]
+    max_tokens: int
+    sampler: Sampler | None = None
+    logits_processors: Sequence[LogitsProcessor] = ()
+    cache: list[Cache] = field(default_factory=list)
+    cache_options: CacheOptions = NO_CACHE_OPTIONS
+    prompt: Prompt | None = None
+    keep_cache: bool = False
+    keep_answer: bool = False
+    reused: int = 0
+    tokens: list[int] = field(default_factory=list)
+    finished: bool = False
+
+    def __post_init__(self) -> None:
+        self.offset = 0  # positions that its cache holds
+        self.y: mx.array | None = None  # its next token (1,), which goes in next
+        self.unread = True  # nobody has been told this token yet
+        self.logprobs: mx.array | None = None  # (1, vocab) it was chosen from
+        self.history = mx.array([0])
+
+    @property
+    def attention(self) -> KVCache:
+        """The cache of an attention layer; all of them have the same slots."""
+        return cast(KVCache, next(entry for entry in self.cache if entry.has_slots))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the most likely token is taken as it is."""
+        return self.sampler is None and not self.logits_processors
+
+    @property
+    def waits(self) -> bool:
+        """Whether a processor must know a token before the next step begins."""
+        return any(getattr(p, "needs_token", False) for p in self.logits_processors)
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still come."""
+        return self.max_tokens - len(self.tokens)
+
+    def embed(self, start: int, stop: int) -> mx.array:
+        """Embeddings (stop - start, hidden) of positions of the prompt."""
+        raise NotImplementedError
+
+    def choose(self, logits: mx.array) -> mx.array:
+        """(1, vocab) -> token (1,)."""
+        if self.logits_processors:
+            for processor in self.logits_processors:
+                logits = processor(self.history, logits)
+        self.logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        # these stay lazy if nobody needs them, so greedy decoding takes the logits
+        return mx.argmax(logits, axis=-1) if self.sampler is None else self.sampler(self.logprobs)
+
+    def take(self, token: int, logprobs: mx.array) -> Any:
+        """Adds a token to the answer; returns the response to it."""
+        self.tokens.append(token)
+        self.finished = self.left == 0
+        return token, logprobs
+
+
+class AnswerRow(Row):
+    """A question's answer: its responses are `GenerationResponse`s."""
+
+    def __init__(
+        self, model: Lfm2VlForConditionalGeneration, processor: Lfm2VlProcessor,
+        question: Question, features: Any,
+    ) -> None:  # fmt: skip
+        prompt = question.prepare(processor)
+        if len(prompt.token_ids) == 0:
+            raise PromptError("the prompt has no tokens; it needs one or more")
+        sampling = question.sampling.apply(processor.generation_config.sampling)
+        sampler, processors = from_settings(sampling, question.seed)
+        super().__init__(
+            prompt.token_ids,
+            question.max_tokens,
+            sampler,
+            [*question.logits_processors, *processors],
+            model.make_cache(question.cache_options, prompt.first_turn_length),
+            question.cache_options,
+            prompt,
+        )
+        self.model, self.question, self.features = model, question, features
+        self.encoded_images = 0  # counted if features are remembered
+        self.answer, self.clock = Answer(processor, question), Clock(prompt)
+
+    def embed(self, start: int, stop: int) -> mx.array:
+        assert self.prompt is not None
+        if self.features is not None and self.question.image_features is None:
+            inside = [image for image in self.prompt.images if start <= image.start < stop]
+            self.encoded_images += sum(image.digest not in self.features for image in inside)
+        embeddings = self.model.embed_prompt(
+            self.prompt, start, stop, self.features, self.question.image_features
+        )
+        if self.question.measure_vision and self.prompt.images:
+            mx.eval(embeddings)
+            self.clock.vision_time = perf_counter() - self.clock.start
+        return embeddings
+
+    def take(self, token: int, logprobs: mx.array) -> GenerationResponse:
+        super().take(token, logprobs)
+        text, finish_reason = self.answer.add(token)
+        self.finished = finish_reason is not None
+        return self.clock.response(text, token, logprobs, finish_reason)
+
+
+class Event(NamedTuple):
+    """What a step brought a row: a response, or the error that ended it."""
+
+    row: Row
+    response: Any = None
+    error: BaseException | None = None
+
+
+class Engine:
+    """Answers questions with one model, in one thread.
+
+    Args:
+        model: the whole model, or a language model alone, for rows that embed by themselves.
+        processor: makes prompts of questions.
+        max_rows: how many are in work at once; others wait.
+        prefixes: what remembers beginnings of prompts.
+        prefill_step_size: positions of a prompt that go through the model at once.
+        fair: rows that answer get a step between two pieces of others' prompts; otherwise all
+            prompts are read first.
+    """
+
+    def __init__(
+        self,
+        model: Lfm2VlForConditionalGeneration | Lfm2ForCausalLM,
+        processor: Lfm2VlProcessor | None = None,
+        *,
+        max_rows: int = 1,
+        prefixes: Prefixes | None = None,
+        prefill_step_size: int = PREFILL_STEP_SIZE,
+        fair: bool = True,
+    ) -> None:
+        self.model = model
+        self.language_model: Lfm2ForCausalLM = (
+            model.language_model if "language_model" in model else model
+        )
+        self.processor = processor
+        self.max_rows = max_rows
+        self.prefixes = prefixes
+        self.prefill_step_size = prefill_step_size
+        self.fair = fair
+        self.waiting: deque[Row] = deque()
+        self.reading: deque[tuple[Row, Iterator[None]]] = deque()
+        self.arrivals: list[Row] = []
+        self.batches: dict[Any, Batch] = {}
+        self.steps = 0
+
+    def add(
+        self, question: Question, *, keep_answer: bool = False, read_only: int | None = None
+    ) -> AnswerRow:
+        """A row for a question; its prompt is made now and read by later steps.
+
+        Args:
+            keep_answer: remember the beginning that prompt and answer make together.
+            read_only: read so many positions of the prompt, to remember them, and answer nothing.
+
+        Raises:
+            PromptError, ImageError, ConfigError: what was asked makes no sense.
+        """
+        assert self.processor is not None
+        features = None if self.prefixes is None else self.prefixes.features
+        row = AnswerRow(
+            cast(Lfm2VlForConditionalGeneration, self.model), self.processor, question, features
+        )
+        row.keep_answer = row.keep_cache = keep_answer
+        if read_only is not None:
+            row.token_ids, row.max_tokens = row.token_ids[:read_only], 0
+        self.begin(row)
+        return row
+
+    def begin(self, row: Row) -> Row:
+        """Takes a row in."""
+        self.waiting.append(row)
+        return row
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything has ended."""
+        return not (self.batches or self.arrivals or self.reading or self.waiting)
+
+    def step(self) -> list[Event]:
+        """One decode step of the rows that answer, and one piece of a prompt.
+
+        Errors come as events; they end their rows and no others.
+        """
+        for row in self.arrivals:
+            kind = row.attention.kind
+            self.batches.setdefault(kind, Batch(self.language_model, kind)).join(row)
+        self.arrivals = []
+        self._admit()
+        events = self._decode() if self.fair or not self.reading else []
+        return events + self._read_piece() if self.reading else events
+
+    def cancel(self, row: Row) -> None:
+        """Ends a row now; nothing more comes of it, and its memory goes."""
+        row.finished = True
+        if row in self.waiting:
+            self.waiting.remove(row)
+        self.arrivals = [other for other in self.arrivals if other is not row]
+        self.reading = deque(pair for pair in self.reading if pair[0] is not row)
+        for kind, batch in list(self.batches.items()):
+            batch.leave(lambda other: other is row)
+            if not batch.rows:
+                del self.batches[kind]
+
+    def _admit(self) -> None:
+        """Begins to read waiting rows, as many as may be in work."""
+        active = sum(len(batch.rows) for batch in self.batches.values())
+        while self.waiting and active + len(self.arrivals) + len(self.reading) < self.max_rows:
+            row = self.waiting.popleft()
+            self.reading.append((row, self._read(row)))
+
+    def _read_piece(self) -> list[Event]:
+        """Reads on in the first prompt; its first token is told when it is read."""
+        row, pieces = self.reading[0]
+        try:
+            next(pieces)
+            return []
+        except StopIteration:
+            event = self._first(row)
+        except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
+            event = Event(row, error=error)
+            row.finished = True
+        self.reading.popleft()
+        if not row.finished:
+            self.arrivals.append(row)
+        return [event]
+
+    def _first(self, row: Row) -> Event:
+        """Tells a row its first token, or that its prompt is read, if that is all it wanted."""
+        if row.y is None or row.logprobs is None:
+            row.finished = True
+            return Event(row)
+        row.unread = False
+        return tell(row, cast(int, row.y.item()), row.logprobs)
+
+    def _read(self, row: Row) -> Iterator[None]:
+        """Reads a prompt, piece by piece, until its first token is under way."""
+        length, places = len(row.token_ids), list[int]()
+        if self.prefixes is not None and row.prompt is not None:
+            row.cache = self.prefixes.find(row.prompt, row.cache_options) or row.cache
+            places = [place for place in self.prefixes.places(row.prompt) if place < length]
+        start = row.reused = row.cache[0].offset
+        for stop in [*(place for place in places if place > start), length]:
+            answers = stop == length and row.max_tokens > 0
+            yield from self._pieces(row, row.embed(start, stop), answers)
+            if not answers:
+                self._remember(row, stop)
+            start = stop
+
+    def _remember(self, row: Row, length: int) -> None:
+        """Keeps what a row's cache holds, so many positions."""
+        if self.prefixes is not None and row.prompt is not None:
+            token_ids = [*row.token_ids, *row.tokens][:length]
+            self.prefixes.put(token_ids, row.prompt, row.cache, row.cache_options)
+
+    def _pieces(self, row: Row, embeddings: mx.array, is_last: bool) -> Iterator[None]:
+        pieces = prefill(
+            self.language_model, embeddings, row.cache, row.cache_options, self.prefill_step_size
+        )
+        for hidden in pieces:
+            if is_last and row.cache[0].offset == len(row.token_ids):
+                row.history = mx.array(row.token_ids)
+                row.y = row.choose(self.language_model.logits(hidden[:, -1]))
+                row.offset = row.cache[0].offset
+                mx.async_eval(row.y)
+                return
+            mx.async_eval([entry.arrays for entry in row.cache])
+            yield
+
+    def _decode(self) -> list[Event]:
+        """One step of each batch; rows that have ended leave."""
+        events: list[Event] = []
+        for kind, batch in list(self.batches.items()):
+            try:
+                events += batch.step()
+            except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
+                events += [Event(row, error=error) for row in batch.rows]
+                for row in batch.rows:
+                    row.finished = True
+            for row in batch.leave(lambda row: row.finished):
+                if row.keep_answer:
+                    self._remember(row, row.offset)
+            for row in batch.leave(_becomes_quantized):
+                quantize_caches(row.cache, row.cache_options)
+                self.arrivals.append(row)
+            if not batch.rows:
+                del self.batches[kind]
+        self.steps += 1
+        if self.steps % CLEAR_CACHE_EVERY == 0:
+            mx.clear_cache()
+        return events
+
+
+def prefill(
+    language_model: Lfm2ForCausalLM,
+    embeddings: mx.array,
+    cache: list[Cache],
+    cache_options: CacheOptions = NO_CACHE_OPTIONS,
+    step_size: int = PREFILL_STEP_SIZE,
+) -> Iterator[mx.array]:
+    """Fills a cache with (tokens, hidden); yields the last hidden state (1, 1, hidden) by piece."""
+    for start in range(0, len(embeddings), step_size):
+        piece = embeddings[None, start : start + step_size]
+        hidden = language_model.model(piece, cache, last_only=True).last_hidden_state
+        quantize_caches(cache, cache_options)
+        yield hidden
+
+
+class Batch:
+    """Rows of one kind that decode together.
+
+    Attributes:
+        rows: in the order of the arrays' rows.
+        states: arrays of each layer's cache, (rows, …); the rows' own caches are empty meanwhile.
+        y: the tokens (rows,) that go in next.
+    """
+
+    def __init__(self, language_model: Lfm2ForCausalLM, kind: Any) -> None:
+        self.kind = kind
+        self.traced, self.weights = decode_step(language_model)
+        self.rows: list[Row] = []
+        self.states: States = []
+        self.y = mx.array([], mx.uint32)
+        self.capacity = 0
+
+    def join(self, row: Row) -> None:
+        """Takes a row in, behind the present ones."""
+        assert row.y is not None
+        slots, most = row.offset + min(row.left, RESERVE), row.attention.max_size
+        slots = max(row.attention.used, slots if most is None else min(slots, most))
+        self.reserve(row.cache, slots)
+        for n, entry in enumerate(row.cache):
+            arrays = entry.padded(entry.state, self.capacity)
+            entry.arrays = []
+            if self.rows:
+                pairs = zip(self.states[n], arrays, strict=True)
+                self.states[n] = [mx.concatenate(list(pair)) for pair in pairs]
+            else:
+                self.states.append(arrays)
+        self.y = mx.concatenate([self.y, row.y]) if self.rows else row.y
+        self.rows.append(row)
+
+    def reserve(self, cache: Sequence[Cache], slots: int) -> None:
+        """Makes capacity for so many slots, in whole blocks."""
+        if slots > self.capacity:
+            self.capacity = blocks(slots)
+            self.states = [
+                entry.padded(arrays, self.capacity)
+                for entry, arrays in zip(cache, self.states, strict=False)
+            ]
+
+    def step(self) -> list[Event]:
+        """A token for each row; the next ones are under way before these are read."""
+        if any(row.waits for row in self.rows):
+            if not any(row.unread for row in self.rows):
+                self._launch()
+            return self._tell(self._pending())
+        pending = self._pending()
+        if any(row.left > row.unread for row in self.rows):
+            self._launch()
+        return self._tell(pending)
+
+    def leave(self, which: Callable[[Row], bool]) -> list[Row]:
+        """Lets rows go; those that keep their caches take them along."""
+        going = [(i, row) for i, row in enumerate(self.rows) if which(row)]
+        for i, row in going:
+            row.y = self.y[i : i + 1]
+            for entry, arrays in zip(row.cache, self.states, strict=True):
+                entry.offset = row.offset
+                if row.keep_cache or not row.finished:
+                    alone = len(self.rows) == 1
+                    entry.arrays = arrays if alone else [a[i : i + 1] for a in arrays]
+        left = [i for i, row in enumerate(self.rows) if not which(row)]
+        if not left:
+            self.rows, self.states, self.capacity = [], [], 0
+        elif going:
+            self.rows, places = [self.rows[i] for i in left], mx.array(left)
+            self.states = [[array[places] for array in arrays] for arrays in self.states]
+            self.y = self.y[places]
+        return [row for _, row in going]
+
+    def _launch(self) -> None:
+        """Hands over the step that turns these tokens into the next ones."""
+        for i, row in enumerate(self.rows):
+            if row.logits_processors:
+                row.history = mx.concatenate([row.history, self.y[i : i + 1]])
+        cache, places = self.rows[0].cache, [(row, row.attention) for row in self.rows]
+        slots = [entry.slot(row.offset) for row, entry in places]
+        self.reserve(cache, 1 + max(slots))
+        most = [entry.max_size for _, entry in places]
+        offsets = [row.offset for row in self.rows]
+        last = [o if m is None else min(o, m - 1) for o, m in zip(offsets, most, strict=True)]
+        table = mx.array([offsets, slots, last])
+        logits, self.states = self.traced(
+            self.weights, self.y, table, cache, self.states, self.kind
+        )
+        for row in self.rows:
+            row.offset += 1
+            row.unread = True
+        self._choose(logits)
+        mx.async_eval(self.y)
+
+    def _choose(self, logits: mx.array) -> None:
+        """Logits (rows, vocab) -> the tokens that go in next."""
+        if all(row.is_plain for row in self.rows):
+            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            for i, row in enumerate(self.rows):
+                row.logprobs = logprobs if len(self.rows) == 1 else logprobs[i : i + 1]
+            self.y = mx.argmax(logits, axis=-1)
+            return
+        parts = [row.choose(logits[i : i + 1]) for i, row in enumerate(self.rows)]
+        self.y = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+    def _pending(self) -> tuple[mx.array, list[tuple[Row, mx.array | None]]]:
+        """The next tokens, and for each row the log-probabilities, if it has not been told yet."""
+        return self.y, [(row, row.logprobs if row.unread else None) for row in self.rows]
+
+    def _tell(self, pending: tuple[mx.array, list[tuple[Row, mx.array | None]]]) -> list[Event]:
+        """Reads tokens and tells those rows that do not know theirs yet."""
+        y, rows = pending
+        if all(logprobs is None for _, logprobs in rows):
+            return []
+        if y is self.y:
+            for row in self.rows:
+                row.unread = False
+        tokens = cast("list[int]", y.tolist()) if len(rows) > 1 else [cast(int, y.item())]
+        return [
+            tell(row, token, logprobs)
+            for (row, logprobs), token in zip(rows, tokens, strict=True)
+            if logprobs is not None
+        ]
+
+
+def tell(row: Row, token: int, logprobs: mx.array) -> Event:
+    """Gives a row its next token; an error in taking it ends this row alone."""
+    try:
+        return Event(row, row.take(token, logprobs[0]))
+    except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
+        row.finished = True
+        return Event(row, error=error)
+
+
+def _becomes_quantized(row: Row) -> bool:
+    """Whether a row has just become so long that its keys and values are to be integers."""
+    options = row.cache_options
+    return is_long(row.offset, options) and not is_long(row.offset - 1, options)

@@ -1,0 +1,177 @@
+"""`Question`: what is asked and how it is to be answered, checked once for every entrance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+from ..errors import PromptError
+from ..options import (
+    DEFAULT_MAX_TOKENS,
+    MAX_TOKENS,
+    SEED,
+    CacheOptions,
+    ImageOptions,
+    Sampling,
+)
+from .image_processor import NO_OPTIONS, ImageInput
+from .messages import Conversation
+from .processor import Lfm2VlProcessor, Prompt
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+Tools = Sequence[Mapping[str, Any]]
+NO_CACHE_OPTIONS = CacheOptions()
+
+
+class AnswerSettings(TypedDict, total=False):
+    """How an answer is made; every entrance takes these as keywords.
+
+    Attributes:
+        max_tokens: how many tokens at most.
+        sampling: changes of the checkpoint's recommended sampling.
+        temperature, top_p, top_k, min_p, repetition_penalty, repetition_context_size: the fields of
+            `Sampling`, one by one; they win over `sampling`.
+        seed: makes sampling repeatable, whatever else is going on.
+        stop: a text or several that end the answer; they are not part of it.
+        logits_processors: functions of (tokens so far, logits) that return logits, as mlx-lm's.
+    """
+
+    max_tokens: int
+    sampling: Sampling | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    repetition_context_size: int | None
+    seed: int | None
+    stop: str | Sequence[str]
+    logits_processors: Sequence[Callable[[mx.array, mx.array], mx.array]]
+
+
+class QuestionSettings(AnswerSettings, total=False):
+    """The settings of an answer, and of what is read before it.
+
+    Attributes:
+        tools: JSON schemas of functions the model may call.
+        image_options: changes of the checkpoint's image settings.
+        image_features: what `model.encode_images` gave for these images, (image tokens, hidden), so
+            that they are not encoded again.
+        cache_options: bounds or quantizes what attention layers remember.
+        measure_vision: wait for the vision tower, to tell its time; costs a little speed.
+    """
+
+    tools: Tools | None
+    image_options: ImageOptions
+    image_features: mx.array | None
+    cache_options: CacheOptions
+    measure_vision: bool
+
+
+SAMPLING_FIELDS = tuple(f.name for f in fields(Sampling))
+
+
+@dataclass(frozen=True, init=False, eq=False)
+class Question:
+    """One question. Attributes are the settings, checked; see `QuestionSettings`.
+
+    Attributes:
+        prompt: a text, a conversation in the `transformers` form, or what the processor made.
+        images: one image or several, for a text or for the image places of a conversation.
+    """
+
+    prompt: Conversation | Prompt
+    images: ImageInput | Sequence[ImageInput] | None
+    max_tokens: int
+    sampling: Sampling
+    seed: int | None
+    stop: tuple[str, ...]
+    logits_processors: tuple[Callable[[mx.array, mx.array], mx.array], ...]
+    tools: Tools | None
+    image_options: ImageOptions
+    image_features: mx.array | None
+    cache_options: CacheOptions
+    measure_vision: bool
+
+    def __init__(
+        self,
+        prompt: Conversation | Prompt,
+        images: ImageInput | Sequence[ImageInput] | None = None,
+        **settings: Unpack[QuestionSettings],
+    ) -> None:
+        """Checks everything that can be checked without a model.
+
+        Raises:
+            PromptError: a prompt or setting that makes no sense, or settings that contradict each
+                other.
+            ConfigError: sampling out of its bounds.
+        """
+        changes = {name: settings.pop(name, None) for name in SAMPLING_FIELDS}  # type: ignore[misc]
+        sampling = settings.pop("sampling", None)
+        _check("sampling", sampling, (Sampling, type(None)), "Sampling(…)")
+        values: dict[str, Any] = {
+            "prompt": prompt,
+            "images": images,
+            "sampling": (sampling or Sampling()).override(Sampling(**changes)),
+            "max_tokens": settings.pop("max_tokens", DEFAULT_MAX_TOKENS),
+            "seed": settings.pop("seed", None),
+            "stop": _texts(settings.pop("stop", ())),
+            "logits_processors": tuple(settings.pop("logits_processors", ())),
+            "tools": settings.pop("tools", None),
+            "image_options": settings.pop("image_options", NO_OPTIONS),
+            "image_features": settings.pop("image_features", None),
+            "cache_options": settings.pop("cache_options", NO_CACHE_OPTIONS),
+            "measure_vision": settings.pop("measure_vision", False),
+        }
+        if settings:
+            known = ", ".join(sorted({*values, *SAMPLING_FIELDS} - {"prompt", "images"}))
+            raise TypeError(f"{next(iter(settings))!r} is no setting; these are: {known}")
+        self.__dict__.update(values)
+        self._check()
+
+    def _check(self) -> None:
+        if self.max_tokens is None:
+            raise PromptError(f"max_tokens is None; it must be {MAX_TOKENS}")
+        MAX_TOKENS.check("max_tokens", self.max_tokens, PromptError)
+        SEED.check("seed", self.seed, PromptError)
+        kinds = (str, list, tuple, Prompt)
+        _check("prompt", self.prompt, kinds, "a text, a list of messages or a prepared prompt")
+        _check("image_options", self.image_options, ImageOptions, "ImageOptions(…)")
+        _check("cache_options", self.cache_options, CacheOptions, "CacheOptions(…)")
+        _check("tools", self.tools, (list, tuple, type(None)), "a list of JSON schemas")
+        if not isinstance(self.prompt, Prompt):
+            return
+        given: dict[str, Any] = {"images": self.images, "tools": self.tools}
+        if self.image_options != NO_OPTIONS:
+            given["image_options"] = self.image_options
+        for name, value in given.items():
+            if value is not None:
+                raise PromptError(f"a prepared prompt holds its {name} already; leave {name} out")
+
+    def prepare(self, processor: Lfm2VlProcessor) -> Prompt:
+        """The prompt, its images read.
+
+        Raises:
+            PromptError, ImageError, ConfigError: as the processor.
+        """
+        if isinstance(self.prompt, Prompt):
+            return self.prompt
+        return processor(
+            self.prompt, self.images, tools=self.tools, image_options=self.image_options
+        )
+
+
+def _texts(stop: str | Sequence[str]) -> tuple[str, ...]:
+    texts = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) and t for t in texts):
+        given = stop if texts is stop else [stop]
+        raise PromptError(f"stop is {given!r}; it must be a text or a list of texts, none empty")
+    return tuple(texts)
+
+
+def _check(name: str, value: Any, kind: Any, right: str) -> None:
+    if not isinstance(value, kind):
+        raise PromptError(f"{name} is {value!r:.200}; it must be {right}")

@@ -276,15 +276,17 @@ class QuantizedKVStep(_InStep, QuantizedKVCache):
 class ConvCache:
     """The last `conv_L_cache - 1` gated inputs of a short convolution.
 
-    `inputs` is (batch, conv_L_cache - 1, hidden), or None before the first token. Arrays are never
-    written in place here, so copies may share them.
+    Attributes:
+        offset: position of the next token.
+        arrays: the inputs, each (batch, 1, hidden), the oldest first; none before the first token.
+            They are never written in place, so copies may share them.
     """
 
     has_slots = False
 
-    def __init__(self) -> None:
-        self.inputs: mx.array | None = None
-        self.offset = 0
+    def __init__(self, offset: int = 0, arrays: Sequence[mx.array] = ()) -> None:
+        self.offset = offset
+        self.arrays = list(arrays)
 
     def reserve(self, slots: int) -> None:
         """There is nothing to grow."""
@@ -296,27 +298,18 @@ class ConvCache:
 
     def traced(self, arrays: Sequence[mx.array], step: Step) -> ConvCache:
         """This kind inside of a traced step."""
-        return self.restore({"offset": 0}, arrays)
+        return ConvCache(0, arrays)
 
     def set_window(self, max_size: int | None, keep: int = 0) -> None:
         """A convolution has its own."""
 
     def copy(self) -> ConvCache:
         """A cache of its own."""
-        return self.restore(self.meta, self.state)
+        return ConvCache(self.offset, self.arrays)
 
     @property
     def state(self) -> list[mx.array]:
-        return [] if self.inputs is None else [self.inputs]
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        """As `state`."""
-        return self.state
-
-    @arrays.setter
-    def arrays(self, arrays: Sequence[mx.array]) -> None:
-        self.inputs = arrays[0] if arrays else None
+        return self.arrays
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -325,13 +318,12 @@ class ConvCache:
     @classmethod
     def restore(cls, meta: Mapping[str, Any], state: Sequence[mx.array]) -> ConvCache:
         """A cache from what `meta` and `state` gave."""
-        cache = cls()
-        cache.offset, cache.arrays = meta["offset"], list(state)
-        return cache
+        # older files hold the inputs as one array
+        return cls(meta["offset"], [x for a in state for x in mx.split(a, a.shape[1], axis=1)])
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.state)
+        return sum(array.nbytes for array in self.arrays)
 
 
 Cache = KVCache | ConvCache

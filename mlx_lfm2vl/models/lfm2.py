@@ -153,18 +153,20 @@ class Lfm2ShortConv(nn.Module):
         """A sum of shifted inputs, each times its weight: (batch, tokens, hidden)."""
         batch, length, hidden = x.shape
         keep = self.kernel_size - 1
-        state = cache.inputs if cache is not None else None
-        if state is None:
-            state = mx.zeros((batch, keep, hidden), x.dtype)
-        if length == 1:  # of the inputs already kept, none has to be copied
-            shifted = [*mx.split(state, keep, axis=1), x]
+        state = cache.arrays if cache is not None else []
+        if not state:
+            state = [mx.zeros((batch, 1, hidden), x.dtype)] * keep
+        if length == 1:  # nothing is joined: all of it becomes one kernel
+            shifted = [*state, x]
+            kept = shifted[1:]
         else:
-            padded = mx.concatenate([state, x], axis=1)
+            padded = mx.concatenate([*state, x], axis=1)
             shifted = [padded[:, i : i + length] for i in range(self.kernel_size)]
+            # taken, not sliced: a slice would keep the whole of x alive
+            last = mx.take(padded, mx.arange(length, length + keep), axis=1)
+            kept = mx.split(last, keep, axis=1)
         if cache is not None:
-            # joined, not sliced: a slice would keep the whole of x alive
-            kept = shifted[1:] if length == 1 else [state[:, length:], x[:, -keep:]]
-            cache.inputs = mx.concatenate(kept, axis=1)
+            cache.arrays = kept
             cache.offset += length
         # (hidden, kernel, 1) -> one (1, 1, hidden) per shift
         weights = mx.split(self.conv.weight.T, self.kernel_size, axis=1)

@@ -1,11 +1,13 @@
-"""Activations and gradient checkpointing, shared by vision and text."""
+"""Activations, joint projections and gradient checkpointing."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from functools import partial
-from typing import Any, cast
+from itertools import accumulate
+from typing import Any, ClassVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -79,3 +81,69 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) · up, in one kernel; silu in float32, as PyTorch computes it."""
     wide = gate.astype(mx.float32)
     return times_sigmoid(wide, wide).astype(gate.dtype) * up
+
+
+class JointLinear:
+    """Linear maps of one input as one product.
+
+    Their parameters become slices of the joint ones, so that they keep names and values, and
+    memory is taken once.
+
+    Attributes:
+        linear: the map to all their outputs, one behind the other.
+        parts: the parameters that each of them has now.
+        ends: where the outputs of each but the last end.
+    """
+
+    def __init__(self, linears: Sequence[nn.Module]) -> None:
+        self.linear = copy(linears[0])
+        self.ends = list(accumulate(len(linear.weight) for linear in linears))[:-1]
+        for key in self.linear:
+            self.linear[key] = mx.concatenate([linear[key] for linear in linears])
+            for linear, part in zip(linears, mx.split(self.linear[key], self.ends), strict=True):
+                linear[key] = part
+        self.parts = [dict(linear) for linear in linears]
+        mx.async_eval(self.linear, self.parts)
+
+    def holds(self, linears: Sequence[nn.Module]) -> bool:
+        """Whether the parameters are still those that were joined."""
+        return all(
+            linear.keys() == part.keys() and all(linear[key] is part[key] for key in part)
+            for linear, part in zip(linears, self.parts, strict=True)
+        )
+
+
+class JointProjections(nn.Module):
+    """A module some of whose linear maps have one input; one product can do for a single token."""
+
+    TOGETHER: ClassVar[tuple[str, ...]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joint: JointLinear | None = None
+
+    def project(self, x: mx.array) -> list[mx.array]:
+        """(batch, tokens, hidden) -> (batch·tokens, outputs) for each of the maps."""
+        linears = [self[name] for name in self.TOGETHER]
+        if self.joint is not None and not self.joint.holds(linears):
+            self.joint = None
+        # two axes: with three, MLX joins and parts them again around each of the maps
+        flat = x.reshape(-1, x.shape[-1])
+        if self.joint is None or x.shape[1] > 1:
+            return [linear(flat) for linear in linears]
+        return mx.split(self.joint.linear(flat), self.joint.ends, axis=-1)
+
+    def join(self) -> None:
+        """Makes the joint map, if there is none of the present parameters and it can be made."""
+        linears = [self[name] for name in self.TOGETHER]
+        if self.joint is None or not self.joint.holds(linears) or self.training:
+            alike = all(_kind(linear) == _kind(linears[0]) for linear in linears)
+            can = alike and type(linears[0]) in (nn.Linear, nn.QuantizedLinear)
+            self.joint = JointLinear(linears) if can and not self.training else None
+
+
+def _kind(linear: nn.Module) -> list[Any]:
+    """Equal for linear maps whose rows one product can hold."""
+    numbers = [getattr(linear, name, None) for name in ("group_size", "bits", "mode")]
+    arrays = [(k, a.dtype, a.shape[1:]) for k, a in linear.items() if isinstance(a, mx.array)]
+    return [type(linear), numbers, arrays]

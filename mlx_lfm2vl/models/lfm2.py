@@ -15,7 +15,7 @@ import mlx.nn as nn
 from ..options import CacheOptions
 from .cache import Cache, ConvCache, attention, causal_mask, make_attention_cache
 from .config import Lfm2Config
-from .layers import checkpointed, swiglu
+from .layers import JointProjections, checkpointed, swiglu
 
 
 class Rotary(NamedTuple):
@@ -55,8 +55,10 @@ class Lfm2Output(NamedTuple):
     attentions: list[mx.array] | None = None
 
 
-class Lfm2Attention(nn.Module):
+class Lfm2Attention(JointProjections):
     """Grouped-query attention with normalised queries and keys, and rotary positions."""
+
+    TOGETHER = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: Lfm2Config) -> None:
         super().__init__()
@@ -85,13 +87,14 @@ class Lfm2Attention(nn.Module):
         """(batch, tokens, hidden) -> (batch, tokens - skip, hidden); the first ones only speak."""
         batch, length, hidden = x.shape
         # (batch·tokens, heads·dim) -> (batch, heads, tokens, dim)
-        queries = self.q_proj(x[:, skip:].reshape(-1, hidden))
+        queries, keys, values = self.project(x)
+        if skip > 0:
+            queries = self.q_proj(x[:, skip:].reshape(-1, hidden))
         queries = queries.reshape(batch, length - skip, self.num_heads, -1)
         queries = self.q_layernorm(queries).transpose(0, 2, 1, 3)
-        x = x.reshape(-1, hidden)
-        keys = self.k_proj(x).reshape(batch, length, self.num_key_value_heads, -1)
+        keys = keys.reshape(batch, length, self.num_key_value_heads, -1)
         keys = self.k_layernorm(keys).transpose(0, 2, 1, 3)
-        values = self.v_proj(x).reshape(batch, length, self.num_key_value_heads, -1)
+        values = values.reshape(batch, length, self.num_key_value_heads, -1)
         values = values.transpose(0, 2, 1, 3)
         later = rotary if skip == 0 else Rotary(rotary.offset + skip)
         queries, keys = self._rotate(queries, later), self._rotate(keys, rotary)
@@ -174,8 +177,10 @@ class Lfm2ShortConv(nn.Module):
         return out + self.conv.bias if "bias" in self.conv else out
 
 
-class Lfm2MLP(nn.Module):
+class Lfm2MLP(JointProjections):
     """SwiGLU feed-forward."""
+
+    TOGETHER = ("w1", "w3")
 
     def __init__(self, config: Lfm2Config) -> None:
         super().__init__()
@@ -184,9 +189,8 @@ class Lfm2MLP(nn.Module):
         self.w2 = nn.Linear(config.feed_forward_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        # two axes: with three, MLX joins and parts them again around each of the projections
-        flat = x.reshape(-1, x.shape[-1])
-        return self.w2(swiglu(self.w1(flat), self.w3(flat))).reshape(x.shape)
+        gate, up = self.project(x)
+        return self.w2(swiglu(gate, up)).reshape(x.shape)
 
 
 class Lfm2DecoderLayer(nn.Module):

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -61,7 +62,7 @@ THEIR_CONFIG: dict[str, Any] = {
 
 def dispatches(step: Callable[[], Any]) -> Counter[str]:
     """Kernels of the graph that a function builds, by primitive."""
-    with as_on_a_gpu():
+    with kept_whole():
         outputs = step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graph.dot"
@@ -77,19 +78,22 @@ def dispatches(step: Callable[[], Any]) -> Counter[str]:
 
 
 @contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Functions of `mx.fast` and `mx.dequantize` stay whole."""
-    kept = {name: getattr(mx.fast, name) for name in FAST_FUNCTIONS}
-    dequantize = mx.dequantize
-    try:
-        for name in kept:
-            setattr(mx.fast, name, one_node)
-        mx.dequantize = dequantized_node
+def kept_whole() -> Iterator[None]:
+    """Functions of `mx.fast` and `mx.dequantize` make one node each."""
+    fast = dict.fromkeys(FAST_FUNCTIONS, one_node)
+    with patch.multiple(mx.fast, **fast), patch.object(mx, "dequantize", dequantized_node):
         yield
-    finally:
-        for name, function in kept.items():
-            setattr(mx.fast, name, function)
-        mx.dequantize = dequantize
+
+
+@contextmanager
+def as_on(backend: str) -> Iterator[None]:
+    """This package chooses as for "metal" or "cuda"."""
+    device, is_metal = mx.Device(mx.gpu), backend == "metal"
+    with (
+        patch.object(mx, "default_device", lambda: device),
+        patch.object(mx.metal, "is_available", lambda: is_metal),
+    ):
+        yield
 
 
 def one_node(x: mx.array, *others: Any, **settings: Any) -> mx.array:
@@ -174,7 +178,8 @@ def count(rival: str) -> Counter[str]:
     """Kernels of one decode step of a program."""
     if rival == OURS:
         model = our_model()
-        return dispatches(lambda: our_step(model))
+        with as_on("metal"):
+            return dispatches(lambda: our_step(model))
     model = mlx_lm_model() if rival == MLX_LM else mlx_vlm_model()
     return dispatches(lambda: their_step(model))
 

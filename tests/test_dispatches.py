@@ -23,7 +23,8 @@ def script():
 @pytest.mark.parametrize(("layers", "attention"), [(1, (0,)), (4, (1, 3)), (5, (2,))])
 def test_kernels_of_a_decode_step(script, layers, attention):
     model = script.our_model(layers, attention)
-    found = script.dispatches(lambda: script.our_step(model))
+    with script.as_on("metal"):
+        found = script.dispatches(lambda: script.our_step(model))
     convolutions = layers - len(attention)
     expected = PER_TOKEN + PER_ATTENTION * len(attention) + PER_CONVOLUTION * convolutions
     assert found.total() == expected, found

@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.cache import Cache, Step
-from ..models.layers import JointProjections
+from ..models.layers import JointProjections, backend
 from ..models.lfm2 import Lfm2ForCausalLM
 
 CONSTANTS = (bool, int, float, str)
@@ -51,10 +51,11 @@ class DecodeStep:
             cache: of any of the rows; says of which kinds the states are.
             kind: the same for caches whose kinds are the same.
         """
-        if kind not in self.traced:
+        key = kind, backend()
+        if key not in self.traced:
             empty = [entry.restore(entry.meta, ()) for entry in cache]
-            self.traced[kind] = mx.compile(partial(self._forward, [e.traced for e in empty]))
-        return self.traced[kind](weights, token_ids, table, states)
+            self.traced[key] = mx.compile(partial(self._forward, [e.traced for e in empty]))
+        return self.traced[key](weights, token_ids, table, states)
 
     def _forward(
         self,

@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from ..errors import PromptError
 from ..options import CacheOptions
+from .layers import backend
 
 BLOCK = 256  # slots; buffers grow by so many, so that most tokens write in place
 CPU_BLOCK = 128  # tokens that attend together
@@ -397,8 +398,7 @@ def attention(
     taken in blocks, so that they are few.
     """
     length, before = queries.shape[2], keys.shape[2] - queries.shape[2]
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    step = CPU_BLOCK if isinstance(mask, str) and on_cpu else length
+    step = CPU_BLOCK if isinstance(mask, str) and backend() == "cpu" else length
     parts = []
     for start in range(0, length, step):
         end = before + min(start + step, length)

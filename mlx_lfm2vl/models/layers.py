@@ -15,24 +15,62 @@ import mlx.nn as nn
 from ..errors import ConfigError
 
 
-def times_sigmoid(x: mx.array, y: mx.array) -> mx.array:
-    """x · sigmoid(y) of float32 values, for the inside of a compiled kernel.
+def backend() -> str:
+    """What computes: "cpu", "metal" or "cuda". Whatever depends on it asks here."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
 
-    A power of two costs a third of what MLX's exp does on a CPU. Bounded, since the gradient of an
+
+def times_sigmoid(x: mx.array, y: mx.array) -> mx.array:
+    """x · sigmoid(y) of float32 values, for a CPU.
+
+    A power of two costs a third of what MLX's exp does there. Bounded, since the gradient of an
     infinite one would be nan.
     """
     return x / (1 + mx.power(2, mx.minimum(-math.log2(math.e) * y, 100)))
 
 
-@partial(mx.compile, shapeless=True)
 def gelu_tanh(x: mx.array) -> mx.array:
     """GELU in its tanh approximation, 0.5·x·(1 + tanh(y)), as x·sigmoid(2·y).
 
     In float32 inside, as PyTorch computes it. Paper: https://arxiv.org/abs/1606.08415
     """
+    return gelu_tanh_kernel(x, backend())
+
+
+@partial(mx.compile, shapeless=True)
+def gelu_tanh_kernel(x: mx.array, on: str) -> mx.array:
+    """`gelu_tanh` on a backend: on a GPU in so few steps that they make one kernel."""
     wide = x.astype(mx.float32)
-    y = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
-    return times_sigmoid(wide, 2 * y).astype(x.dtype)
+    if on == "cpu":
+        y = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
+        return times_sigmoid(wide, 2 * y).astype(x.dtype)
+    slope = 2 * math.sqrt(2 / math.pi)
+    y = wide * (slope * 0.044715 * mx.square(wide) + slope)
+    return (wide * mx.sigmoid(y)).astype(x.dtype)
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) · up; silu in float32, as PyTorch computes it."""
+    return swiglu_kernel(gate, up, backend())
+
+
+@partial(mx.compile, shapeless=True)
+def swiglu_kernel(gate: mx.array, up: mx.array, on: str) -> mx.array:
+    """`swiglu` on a backend."""
+    wide = gate.astype(mx.float32)
+    silu = times_sigmoid(wide, wide) if on == "cpu" else wide * mx.sigmoid(wide)
+    return silu.astype(gate.dtype) * up
+
+
+@partial(mx.compile, shapeless=True)
+def gated_sum(
+    gate: mx.array, inputs: list[mx.array], weights: list[mx.array], bias: mx.array | None
+) -> mx.array:
+    """gate · (inputs[0] · weights[0] + inputs[1] · weights[1] + … + bias), in one kernel."""
+    out = sum(map(mx.multiply, inputs[1:], weights[1:]), inputs[0] * weights[0])
+    return gate * (out if bias is None else out + bias)
 
 
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
@@ -74,13 +112,6 @@ def random_seed() -> int:
     [state] = cast("Iterable[mx.array]", mx.random.state)
     high, low = cast("list[int]", state.tolist())
     return high << 32 | low
-
-
-@partial(mx.compile, shapeless=True)
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """silu(gate) · up, in one kernel; silu in float32, as PyTorch computes it."""
-    wide = gate.astype(mx.float32)
-    return times_sigmoid(wide, wide).astype(gate.dtype) * up
 
 
 class JointLinear:
@@ -131,7 +162,7 @@ class JointProjections(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         if self.joint is None or x.shape[1] > 1:
             return [linear(flat) for linear in linears]
-        return mx.split(self.joint.linear(flat), self.joint.ends, axis=-1)
+        return [*mx.split(self.joint.linear(flat), self.joint.ends, axis=-1)]
 
     def join(self) -> None:
         """Makes the joint map, if there is none of the present parameters and it can be made."""

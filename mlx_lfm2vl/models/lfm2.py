@@ -15,7 +15,7 @@ import mlx.nn as nn
 from ..options import CacheOptions
 from .cache import Cache, ConvCache, attention, causal_mask, make_attention_cache
 from .config import Lfm2Config
-from .layers import JointProjections, checkpointed, swiglu
+from .layers import JointProjections, checkpointed, gated_sum, swiglu
 
 
 class Rotary(NamedTuple):
@@ -150,10 +150,13 @@ class Lfm2ShortConv(nn.Module):
         if masks.padding is not None:
             x = mx.where(masks.padding, x, 0)
         before, after, x = mx.split(self.in_proj(x), 3, axis=-1)
-        return self.out_proj(after * self._convolve(before * x, cache))
+        # (hidden, kernel, 1) -> one (1, 1, hidden) per shift
+        weights = [*mx.split(self.conv.weight.T, self.kernel_size, axis=1)]
+        shifted = self._shifted(before * x, cache)
+        return self.out_proj(gated_sum(after, shifted, weights, self.conv.get("bias")))
 
-    def _convolve(self, x: mx.array, cache: ConvCache | None) -> mx.array:
-        """A sum of shifted inputs, each times its weight: (batch, tokens, hidden)."""
+    def _shifted(self, x: mx.array, cache: ConvCache | None) -> list[mx.array]:
+        """What each weight is for: inputs that come before x, and x itself, all in its shape."""
         batch, length, hidden = x.shape
         keep = self.kernel_size - 1
         state = cache.arrays if cache is not None else []
@@ -167,14 +170,11 @@ class Lfm2ShortConv(nn.Module):
             shifted = [padded[:, i : i + length] for i in range(self.kernel_size)]
             # taken, not sliced: a slice would keep the whole of x alive
             last = mx.take(padded, mx.arange(length, length + keep), axis=1)
-            kept = mx.split(last, keep, axis=1)
+            kept = [*mx.split(last, keep, axis=1)]
         if cache is not None:
             cache.arrays = kept
             cache.offset += length
-        # (hidden, kernel, 1) -> one (1, 1, hidden) per shift
-        weights = mx.split(self.conv.weight.T, self.kernel_size, axis=1)
-        out = sum(map(mx.multiply, shifted[1:], weights[1:]), shifted[0] * weights[0])
-        return out + self.conv.bias if "bias" in self.conv else out
+        return shifted
 
 
 class Lfm2MLP(JointProjections):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_lfm2vl import Session, generate, stream_generate
+from mlx_lfm2vl.generation import engine
 from mlx_lfm2vl.generation.engine import Batch, Row, prefill
 from mlx_lfm2vl.generation.generate import generate_step
 from mlx_lfm2vl.models.cache import CPU_BLOCK, attention, copy_cache
@@ -27,6 +28,14 @@ def read(loaded, length, options=None):
     for _ in prefill(model.language_model, embeddings, cache):
         pass
     return model.language_model, cache
+
+
+def read_language(model, length):
+    """A cache of a language model alone."""
+    cache = model.make_cache()
+    for _ in prefill(model, model.embed(mx.array([5] * length)), cache):
+        pass
+    return cache
 
 
 class DecodeStep:
@@ -54,8 +63,9 @@ def logprobs_of(logits):
 
 
 @pytest.mark.parametrize("options", [None, CacheOptions(270, 9)], ids=["plain", "rotating"])
-def test_each_step_equals_the_model(loaded, work, options):
-    """Over the end of a block, and over that of the window."""
+def test_each_step_equals_the_model(loaded, work, options, monkeypatch):
+    """Over the end of a reserve, and over that of the window."""
+    monkeypatch.setattr(engine, "RESERVE", 256)
     model, cache = read(loaded, 245, options)
     twin = copy_cache(cache)
     model.decode_step = None
@@ -138,6 +148,51 @@ def test_operations_of_a_decode_step(loaded, tmp_path):
     traced = operations(DecodeStep(model, cache)(9), tmp_path)
     assert traced <= OPERATIONS, "a decode step has grown"
     assert traced < 0.6 * plain
+
+
+def peak_of_steps(model, monkeypatch, turns):
+    """Bytes that steps take, and those of the buffers, while each last step is still read."""
+    monkeypatch.setattr(Batch, "takes_turns", turns)
+    batch = DecodeStep(model, read_language(model, 9)).batch
+    for _ in range(4):  # the first ones trace, and make the second set
+        batch._launch()
+    mx.eval(batch.y, batch.states)
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in range(3):
+        reading = batch.states, batch.y  # as a command buffer in flight does
+        batch._launch()
+        mx.eval(batch.y)
+        del reading
+    mx.synchronize()
+    buffers = sum(array.nbytes for arrays in batch.states for array in arrays)
+    return mx.get_peak_memory() - before, buffers
+
+
+def test_no_step_copies_buffers_that_are_still_read(wide, monkeypatch):
+    """A GPU that is behind holds the buffers of the last step; with two sets that does not hurt."""
+    peak, buffers = peak_of_steps(wide, monkeypatch, turns=False)
+    assert peak > 0.9 * buffers, "nothing holds them, so the test proves nothing"
+    peak, buffers = peak_of_steps(wide, monkeypatch, turns=True)
+    assert peak < 0.1 * buffers
+
+
+def test_when_there_are_two_sets(wide, monkeypatch):
+    """On a GPU, if a copy takes longer than a few kernels, and memory is small beside a model's."""
+    batch = DecodeStep(wide, read_language(wide, 9)).batch
+    nbytes = sum(array.nbytes for arrays in batch.states for array in arrays)
+    for backend, least, weights, expected in (
+        ("metal", nbytes, 4 * nbytes, True),
+        ("cuda", nbytes, 4 * nbytes, True),
+        ("cpu", nbytes, 4 * nbytes, False),
+        ("metal", nbytes + 1, 4 * nbytes, False),
+        ("metal", nbytes, 4 * nbytes - 4, False),
+    ):
+        monkeypatch.setattr(engine, "backend", lambda backend=backend: backend)
+        monkeypatch.setattr(engine, "TURNS_FROM", least)
+        batch.weight_bytes = weights
+        assert batch.takes_turns == expected
 
 
 @pytest.mark.parametrize(("length", "before"), [(1, 5), (128, 0), (300, 0), (300, 70)])

@@ -1,5 +1,7 @@
 """A traced step computes to the bit what the plain modules compute over the same buffers."""
 
+import gc
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -8,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lfm2vl.checkpoints.adapters import AdaptedLinear, Update
 from mlx_lfm2vl.generation.decoding import decode_step
-from mlx_lfm2vl.generation.engine import Batch, Row, prefill
+from mlx_lfm2vl.generation.engine import Batch, Engine, Row, prefill
 from mlx_lfm2vl.models.cache import copy_cache
 from mlx_lfm2vl.models.layers import JointProjections
 from mlx_lfm2vl.options import CacheOptions
@@ -17,6 +19,7 @@ from .conftest import random_language_model
 
 LAYERS = ("conv", "full_attention", "conv")
 PLAIN, WINDOW = CacheOptions(), CacheOptions(24, 6)
+INTEGERS = CacheOptions(kv_bits=8, quantized_kv_start=0)
 
 
 class Slots:
@@ -119,6 +122,30 @@ def test_a_batch(kind, options, monkeypatch):
     check(make(kind), monkeypatch, 12, options, rows=3)
 
 
+@pytest.mark.parametrize("kind", ["float32", "4"])
+@pytest.mark.parametrize("options", [PLAIN, WINDOW, INTEGERS], ids=["plain", "window", "integers"])
+def test_two_sets_of_buffers(kind, options, monkeypatch):
+    """Written in turn, alone and in a batch whose rows come and go."""
+    monkeypatch.setattr(Batch, "takes_turns", True)
+    model = make(kind)
+    check(model, monkeypatch, 12, options)
+    check(model, monkeypatch, 12, options, rows=3)
+    engines = []
+    for turns in (True, False):
+        monkeypatch.setattr(Batch, "takes_turns", turns)
+        engine, found = Engine(model, max_rows=3), []
+        for number in range(5):
+            row = Row([3 + number] * (4 + 3 * number), 6 + 5 * number, cache_options=options)
+            row.cache = model.make_cache(options, 2)
+            row.embed = lambda a, b, row=row: model.embed(mx.array(row.token_ids[a:b]))
+            engine.begin(row)
+        while not engine.is_idle:
+            found += [(*event.response[:1], event.response[1].tolist()) for event in engine.step()]
+        engines.append(found)
+    assert len(engines[0]) == sum(6 + 5 * number for number in range(5))
+    assert engines[0] == engines[1]
+
+
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_nothing_is_stale(kind, monkeypatch):
     """After a training step, another type, new weights, adapters, and without them again."""
@@ -160,6 +187,7 @@ def test_joint_weights_take_no_more_memory(kind):
     mx.eval(model.parameters())
     names = [(name, array.shape, array.dtype) for name, array in tree_flatten(model.parameters())]
     values = {name: array.tolist() for name, array in tree_flatten(model.parameters())}
+    gc.collect()  # what other tests left must not come or go meanwhile
     mx.synchronize()
     before = mx.get_active_memory()
     _, weights = decode_step(model)
@@ -176,5 +204,6 @@ def test_joint_weights_take_no_more_memory(kind):
     del now
     model(mx.array([[1]]))
     mx.eval(model.parameters())
+    gc.collect()
     mx.synchronize()
     assert mx.get_active_memory() < 1.1 * before, "old weights are kept"

@@ -38,7 +38,7 @@ class DecodeStep:
         self,
         weights: list[mx.array],
         token_ids: mx.array,
-        table: mx.array,
+        table: list[list[int]],
         cache: Sequence[Cache],
         states: States,
         kind: Any,
@@ -47,7 +47,7 @@ class DecodeStep:
 
         Args:
             weights: of the model as it is now.
-            table: (3, rows), see `Step`.
+            table: (3 or 4, rows), see `Step`.
             cache: of any of the rows; says of which kinds the states are.
             kind: the same for caches whose kinds are the same.
         """
@@ -55,7 +55,7 @@ class DecodeStep:
         if key not in self.traced:
             empty = [entry.restore(entry.meta, ()) for entry in cache]
             self.traced[key] = mx.compile(partial(self._forward, [e.traced for e in empty]))
-        return self.traced[key](weights, token_ids, table, states)
+        return self.traced[key](weights, token_ids, mx.array(table), states)
 
     def _forward(
         self,

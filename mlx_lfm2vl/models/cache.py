@@ -28,11 +28,13 @@ class Step(NamedTuple):
         offset: position of the token.
         slot: where its keys and values go.
         last: the last slot that it sees.
+        before: where those of the token before go, which these buffers lack; None if they do not.
     """
 
     offset: mx.array
     slot: mx.array
     last: mx.array
+    before: mx.array | None = None
 
 
 class Quantized(NamedTuple):
@@ -136,7 +138,7 @@ class KVCache:
 
     def traced(self, arrays: Sequence[mx.array], step: Step) -> _InStep:
         """This kind inside of a traced step, its arrays those of all rows."""
-        return KVStep(arrays, step)
+        return KVStep().begin(arrays, step)
 
     def set_window(self, max_size: int | None, keep: int = 0) -> None:
         """Another window, for a cache that nothing has left yet, nor would have in the new one."""
@@ -218,7 +220,7 @@ class QuantizedKVCache(KVCache):
         )
 
     def traced(self, arrays: Sequence[mx.array], step: Step) -> _InStep:
-        return QuantizedKVStep(arrays, step, self.group_size, self.bits)
+        return QuantizedKVStep(self.group_size, self.bits).begin(arrays, step)
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -239,15 +241,31 @@ class QuantizedKVCache(KVCache):
 
 
 class _InStep(KVCache):
-    """While a step is traced: positions are arrays, one per row, and all slots are looked at."""
+    """While a step is traced: positions are arrays, one per row, and all slots are looked at.
 
-    step: Step
+    Attributes:
+        arrays: buffers of all rows.
+        latest: keys and values of the last token, if the buffers take them a step later.
+    """
+
+    def begin(self, arrays: Sequence[mx.array], step: Step) -> _InStep:
+        """Takes in what `state` gave."""
+        count = len(arrays) if step.before is None else len(arrays) // 2
+        self.arrays, self.latest = list(arrays[:count]), list(arrays[count:])
+        self.step, self.offset = step, step.offset  # type: ignore[assignment]
+        return self
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-        slot = self.step.slot[:, None, None, None]
-        pairs = zip(self.arrays, self._parts(keys, values), strict=True)
-        self.arrays = [mx.put_along_axis(array, slot, part, axis=2) for array, part in pairs]
+        new = self._parts(keys, values)
+        if self.step.before is not None:
+            self._put(self.latest, self.step.before)
+            self.latest = new
+        self._put(new, self.step.slot)
         return self._pair(self.arrays)
+
+    def _put(self, parts: Sequence[mx.array], slots: mx.array) -> None:
+        places, pairs = slots[:, None, None, None], zip(self.arrays, parts, strict=True)
+        self.arrays = [mx.put_along_axis(array, places, part, axis=2) for array, part in pairs]
 
     def make_mask(self, length: int) -> mx.array:
         """Boolean (rows, 1, 1, slots)."""
@@ -255,23 +273,15 @@ class _InStep(KVCache):
 
     @property
     def state(self) -> list[mx.array]:
-        return self.arrays
+        return [*self.arrays, *self.latest]
 
 
 class KVStep(_InStep):
     """`KVCache` in a traced step."""
 
-    def __init__(self, arrays: Sequence[mx.array], step: Step) -> None:
-        super().__init__()
-        self.arrays, self.step, self.offset = list(arrays), step, step.offset  # type: ignore[assignment]
-
 
 class QuantizedKVStep(_InStep, QuantizedKVCache):
     """`QuantizedKVCache` in a traced step."""
-
-    def __init__(self, arrays: Sequence[mx.array], step: Step, group_size: int, bits: int) -> None:
-        QuantizedKVCache.__init__(self, group_size, bits)
-        self.arrays, self.step, self.offset = list(arrays), step, step.offset  # type: ignore[assignment]
 
 
 class ConvCache:

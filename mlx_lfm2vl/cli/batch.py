@@ -11,7 +11,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
-from .._version import __version__
 from ..errors import PromptError
 from ..options import DEFAULT_MAX_TOKENS, ImageOptions, Sampling
 from ..serving.folder import (
@@ -24,8 +23,8 @@ from ..serving.folder import (
     find_images,
     gather_parts,
 )
-from .options import add_image_options, add_model, add_sampling, options_from, positive
-from .terminal import run_command
+from .options import add_image_options, add_model, add_sampling, model_from, options_from, positive
+from .terminal import Parser, make_parser, run_command
 
 EPILOG = """\
 examples:
@@ -40,18 +39,17 @@ Several processes or machines share one OUTPUT, on a disk that all of them see.
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The arguments. Every default that a checkpoint decides is None here."""
-    parser = argparse.ArgumentParser(
-        prog="mlx-lfm2vl-batch",
-        description="Ask LFM2-VL the same about many images; one JSON line per answer.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "mlx-lfm2vl-batch",
+        "Ask LFM2-VL the same about many images; one JSON line per answer.",
+        EPILOG,
     )
-    parser.add_argument("--version", action="version", version=__version__)
-    add_model(parser)
+    add_model(parser, adapters=False)
     parser.add_argument(
         "--images",
+        "--image",
         nargs="+",
         action="extend",
         required=True,
@@ -78,9 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 2 bad input, 130 interrupted."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    run_command(parser.prog, lambda: run(args))
+    run_command(build_parser(), run, argv)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -113,8 +109,9 @@ def _task(args: argparse.Namespace) -> Task:
         raise PromptError("the prompt is empty; ask something")
     stated = {f.name: getattr(args, f.name) for f in fields(Sampling)}
     Sampling().override(**stated)  # a wrong value is told before the model is loaded
+    model = model_from(args)
     return Task(
-        model=str(Path(args.model).resolve()) if os.path.isdir(args.model) else args.model,
+        model=str(Path(model).resolve()) if os.path.isdir(model) else model,
         revision=args.revision,
         dtype=args.dtype,
         prompt=args.prompt,

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 EPILOG = """\
 examples:
   %(prog)s --model LiquidAI/LFM2.5-VL-450M
-  %(prog)s --model lfm2-4bit --image photo.jpg --rounds 5 --json speed.json
+  %(prog)s --model lfm2-4bit --image photo.jpg --rounds 5 --output speed.json
   %(prog)s --model lfm2-4bit --size 640x480 1600x1200 4000x3000
 """
 
@@ -102,10 +102,13 @@ def _markdown(rows: list[list[str]]) -> list[str]:
 def build_parser() -> Parser:
     """The arguments."""
     parser = make_parser(
-        "mlx-lfm2vl-benchmark", "Measure LFM2-VL on this machine, stage by stage.", EPILOG
+        "mlx-lfm2vl-benchmark",
+        "Measure LFM2-VL on this machine, stage by stage.",
+        EPILOG,
+        "%(prog)s [--image IMAGE …] [flags]",
     )
     add_model(parser)
-    add_images(parser, "paths or URLs of pictures to ask about")
+    add_images(parser, "paths or URLs of images to ask about")
     parser.add_argument(
         "--size",
         nargs="+",
@@ -113,7 +116,7 @@ def build_parser() -> Parser:
         default=[],
         type=size,
         metavar="WIDTHxHEIGHT",
-        help="pictures to make for this (default: 640x480 without --image)",
+        help="images to make for this (default: 640x480 without --image)",
     )
     for flags, default, meaning in (
         (["--rounds"], DEFAULT_ROUNDS, "measurements that count, after one that does not"),

@@ -37,7 +37,7 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
 HELP = (
     ("/image PATH", "show an image (several wait for the next message together)"),
     ("/undo", "take back the last question and its answer"),
-    ("/reset", "begin again; the system message stays, pictures are forgotten"),
+    ("/reset", "begin again; the system message stays, images are forgotten"),
     ("/system TEXT", "set the system message before the first question; alone: show it"),
     ("/set NAME X", "change a setting, as in: /set temperature 0.2; alone: show all"),
     ("/save PATH", "write the conversation to a file; /save! replaces another file"),
@@ -203,13 +203,13 @@ class Chat:
         self.session.undo()
         self.unsaved = max(0, self.unsaved - 1)
         waiting = self._waiting
-        pictures = f"; {_count(waiting, 'picture')} waiting again" if waiting else ""
-        write(f"(taken back: the last question and its answer{pictures})\n")
+        images = f"; {_count(waiting, 'image')} waiting again" if waiting else ""
+        write(f"(taken back: the last question and its answer{images})\n")
 
     def _reset(self, _: str) -> None:
-        pictures = self._waiting + self._shown
+        images = self._waiting + self._shown
         self.session.reset()
-        forgotten = f"; {_count(pictures, 'picture')} forgotten" if pictures else ""
+        forgotten = f"; {_count(images, 'image')} forgotten" if images else ""
         write(f"(begun again{forgotten}{self._not_saved()})\n")
 
     def _system(self, rest: str) -> None:
@@ -276,7 +276,7 @@ class Chat:
 
     @property
     def _shown(self) -> int:
-        """Pictures in the turns so far."""
+        """Images in the turns so far."""
         contents = [message["content"] for message in self.session.messages]
         return sum(
             item["type"] == "image" for items in contents if isinstance(items, list)
@@ -285,13 +285,13 @@ class Chat:
 
     @property
     def _waiting(self) -> int:
-        """Pictures that wait for the next message."""
+        """Images that wait for the next message."""
         return len(self.session._pending)
 
     @property
     def _about(self) -> str:
-        pictures = self._shown + self._waiting
-        return f"{_count(self._turns, 'turn')}, {_count(pictures, 'picture')}"
+        images = self._shown + self._waiting
+        return f"{_count(self._turns, 'turn')}, {_count(images, 'image')}"
 
     def _stats(self, _: str) -> None:
         self.statistics = not self.statistics

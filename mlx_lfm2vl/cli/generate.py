@@ -47,6 +47,7 @@ def build_parser() -> Parser:
         "mlx-lfm2vl-generate",
         "Answer a question about images (or a question alone) with LFM2-VL.",
         EPILOG,
+        "%(prog)s --prompt TEXT [--image IMAGE …] [flags]",
     )
     add_model(parser)
     add_images(parser, "path, URL, or - for standard input; several are seen in this order")
@@ -189,7 +190,7 @@ def _no_prompt(images: Sequence[str]) -> str:
         return "--prompt is missing; ask something, or talk with --chat"
     question = " ".join(words)
     return (
-        f'--prompt is missing: "{question}" stands after --image and was taken for a picture; '
+        f'--prompt is missing: "{question}" stands after --image and was taken for an image; '
         f'a question is --prompt "{question}"'
     )
 

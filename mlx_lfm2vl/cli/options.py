@@ -65,8 +65,8 @@ def is_text(value: str) -> bool:
 def path(value: str) -> str:
     """The type of a flag: a path or URL; `~` is the home folder, or part of a name."""
     expanded = os.path.expanduser(value)
-    # a home that does not exist is no reason to fail, now or when somebody expands it again
-    return f"./{expanded}" if expanded.startswith("~") else expanded
+    # nobody's home, so part of a name; whoever expands it again must not fail
+    return os.path.abspath(expanded) if expanded.startswith("~") else expanded
 
 
 def _short(value: str) -> str:
@@ -90,9 +90,12 @@ def add_model(parser: argparse.ArgumentParser, *, adapters: bool = True) -> None
     parser.add_argument(
         "--model",
         type=path,
+        metavar="NAME",
         help=f"folder, Hugging Face repository, or demo (default: {otherwise}{DEFAULT_MODEL})",
     )
-    parser.add_argument("--revision", help="branch, tag or commit of the repository")
+    parser.add_argument(
+        "--revision", metavar="NAME", help="branch, tag or commit of the repository"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
@@ -100,7 +103,10 @@ def add_model(parser: argparse.ArgumentParser, *, adapters: bool = True) -> None
     )
     if adapters:
         parser.add_argument(
-            "--adapter-path", type=path, help="folder of adapters, from the train command or mlx-lm"
+            "--adapter-path",
+            type=path,
+            metavar="FOLDER",
+            help="trained adapters, from the train command or mlx-lm",
         )
 
 
@@ -149,8 +155,10 @@ def add_images(
 
 def add_prompt(parser: argparse.ArgumentParser, help: str, *, required: bool = False) -> None:
     """The question, and the system message before it."""
-    parser.add_argument("--prompt", "-p", type=text, required=required, help=help)
-    parser.add_argument("--system", "--system-prompt", type=text, help="system message")
+    parser.add_argument("--prompt", "-p", type=text, required=required, metavar="TEXT", help=help)
+    parser.add_argument(
+        "--system", "--system-prompt", type=text, metavar="TEXT", help="system message"
+    )
 
 
 def add_answer(parser: argparse.ArgumentParser) -> None:
@@ -160,6 +168,7 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
         "-m",
         type=positive,
         default=DEFAULT_MAX_TOKENS,
+        metavar="N",
         help="longest answer in tokens (default: %(default)s)",
     )
     parser.add_argument(

@@ -52,15 +52,17 @@ class Parser(argparse.ArgumentParser):
         tell(f"{self.prog}: error: {one_line(message)} (--help lists all flags)")
         sys.exit(BAD_INPUT)
 
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        flush()  # --help and --version, too, may meet a full disk
-        super().exit(status, message)
+    def _print_message(self, message: str, file: object = None) -> None:
+        write(message)  # help or version; argparse's own way is silent about a full disk
 
 
-def make_parser(prog: str, description: str, epilog: str | None = None) -> Parser:
+def make_parser(
+    prog: str, description: str, epilog: str | None = None, usage: str | None = None
+) -> Parser:
     """The parser of a command, with --version."""
     parser = Parser(
         prog=prog,
+        usage=usage,
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -91,7 +91,7 @@ class Chat:
     def run(self, images: Sequence[str] = (), message: str | None = None) -> None:
         """Shows the images, sends the message, and talks until the user leaves."""
         self._prepare_input()
-        write("Ask something; /image PATH shows an image, /help lists everything.\n")
+        write("Ask something; /help lists the rest.\n")
         for image in images:
             self._try(self._see, image)
         if message is not None:
@@ -329,6 +329,8 @@ def image_paths(rest: str) -> list[str]:
 
 def file_path(rest: str) -> str:
     """The one path that the rest of a line names, quoted as in a shell or not."""
+    if "\0" in rest:
+        raise PromptError("a path cannot hold a NUL character")
     parts = _split(rest)
     return path(rest if os.path.exists(path(rest)) or len(parts) != 1 else parts[0])
 

@@ -24,14 +24,14 @@ $(VENV)/python-$(VERSION):
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/demo: pyproject.toml $(VENV)/python-$(VERSION)
+$(VENV)/demo: $(VENV)/python-$(VERSION) pyproject.toml
 	@echo "Installing mlx_lfm2vl and its libraries into $(VENV), once; this can take some minutes."
 	@$(PIP) -e .
 	@touch $@
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml $(VENV)/python-$(VERSION)
+$(VENV)/installed: $(VENV)/python-$(VERSION) pyproject.toml
 	@echo "Installing mlx_lfm2vl and what its tests need into $(VENV), once; this can take some minutes."
 	@$(PIP) -e ".[test,heic]"
 	@touch $@

@@ -207,3 +207,23 @@ def test_adapters_that_name_no_model(content, told, tmp_path, outcome):
     code, _, lines = outcome(main_of("generate"), arguments)
     assert (code, len(lines)) == (2, 1)
     assert told in lines[0]
+
+
+def test_libraries_add_no_lines():
+    """In a process of its own: pytest collects warnings and logs before anybody sees them."""
+    code = """
+import logging, warnings
+from mlx_lfm2vl import ImageError
+from mlx_lfm2vl.cli.terminal import make_parser, run_command
+
+def fail(_):
+    warnings.warn("Corrupt EXIF data")
+    logging.getLogger("PIL.TiffImagePlugin").warning("More samples per pixel than can be decoded")
+    raise ImageError("photo.tif is damaged")
+
+run_command(make_parser("tool", "A tool."), fail, [])
+"""
+    environment = {**os.environ, "PYTHONWARNINGS": ""}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (run.returncode, run.stderr) == (2, "tool: error: photo.tif is damaged\n")

@@ -95,7 +95,7 @@ class Bound(NamedTuple):
     def __str__(self) -> str:
         what = "a whole number" if self.kind is int else "a number"
         off = "0, or " if self.zero else ""
-        return f"{off}{what} from {self.least:.16g} to {self.most:.16g}"
+        return f"{off}{what} from {self.least} to {self.most}"
 
 
 def check_fields(options: Any, bounds: Mapping[str, Bound]) -> None:

@@ -111,8 +111,8 @@ def test_unreachable_url(fails):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--max-tokens", "-3"], "-3 must be 1 or more"),
-        (["--max-tokens", "0"], "0 must be 1 or more"),
+        (["--max-tokens", "-3"], "max_tokens is -3"),
+        (["--max-tokens", "0"], "max_tokens is 0"),
         (["--temp", "-1"], "temperature is -1"),
         (["--min-p", "2"], "min_p is 2"),
         (["--dtype", "int8"], "int8"),

@@ -402,7 +402,7 @@ def test_the_log_goes_on_without_double_rows(run, undisturbed, data, tmp_path):
     expected = log_of(undisturbed)
 
     def stopped():
-        with pytest.raises(RuntimeError, match="power failure"):
+        with pytest.raises(LookupError, match="power failure"):
             main([str(part) for part in ("--data", data, *FLAGS, *arguments)])
 
     with pytest.MonkeyPatch.context() as patch:
@@ -410,7 +410,7 @@ def test_the_log_goes_on_without_double_rows(run, undisturbed, data, tmp_path):
 
         def save(self, *args):
             if self.steps_done == 6:
-                raise RuntimeError("power failure")
+                raise LookupError("power failure")
             return real(self, *args)
 
         patch.setattr(Trainer, "save", save)

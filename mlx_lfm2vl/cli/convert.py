@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..errors import ConvertError
-from .terminal import run_command
+from .terminal import Parser, make_parser, run_command
 
 EPILOG = """\
 examples:
@@ -20,13 +20,10 @@ examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The arguments, named as in mlx-lm's converter."""
-    parser = argparse.ArgumentParser(
-        prog="mlx-lfm2vl-convert",
-        description="Convert an LFM2-VL checkpoint to an MLX folder, or back.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "mlx-lfm2vl-convert", "Convert an LFM2-VL checkpoint to an MLX folder, or back.", EPILOG
     )
     parser.add_argument(
         "--hf-path", "--model", required=True, help="folder or Hugging Face repository to convert"
@@ -64,11 +61,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_report_parser() -> argparse.ArgumentParser:
+def build_report_parser() -> Parser:
     """The arguments of `report`."""
-    parser = argparse.ArgumentParser(
-        prog="mlx-lfm2vl-convert report",
-        description="Tell what conversions lost against a reference.",
+    parser = make_parser(
+        "mlx-lfm2vl-convert report", "Tell what conversions lost against a reference."
     )
     parser.add_argument("reference", help="folder or repository that counts as right")
     parser.add_argument("others", nargs="+", help="conversions of it")
@@ -82,12 +78,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 2 bad input, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["report"]:
-        parser = build_report_parser()
-        args = parser.parse_args(arguments[1:])
-        run_command(parser.prog, lambda: _report(args))
-    parser = build_parser()
-    args = parser.parse_args(arguments)
-    run_command(parser.prog, lambda: _convert(args))
+        run_command(build_report_parser(), _report, arguments[1:])
+    run_command(build_parser(), _convert, arguments)
 
 
 def _convert(args: argparse.Namespace) -> None:

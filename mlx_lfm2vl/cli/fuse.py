@@ -7,18 +7,15 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ..conversion.fuse import fuse
-from .options import add_model
-from .terminal import run_command
+from .options import add_model, model_from
+from .terminal import Parser, make_parser, run_command
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The arguments, named as in mlx-lm's `fuse`."""
-    parser = argparse.ArgumentParser(
-        prog="mlx-lfm2vl-fuse", description="Work adapters into the weights of their model."
-    )
+    parser = make_parser("mlx-lfm2vl-fuse", "Work adapters into the weights of their model.")
     add_model(parser)
-    parser.add_argument("--adapter-path", default="adapters", help="default: %(default)s")
+    parser.set_defaults(adapter_path="adapters")
     parser.add_argument(
         "--save-path", default="fused_model", help="folder to write (default: %(default)s)"
     )
@@ -30,14 +27,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 2 bad input, 130 interrupted."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    run_command(parser.prog, lambda: _run(args))
+    run_command(build_parser(), _run, argv)
 
 
 def _run(args: argparse.Namespace) -> None:
+    from ..conversion.fuse import fuse
+
     target = fuse(
-        args.model,
+        model_from(args),
         args.adapter_path,
         args.save_path,
         dtype=args.dtype,

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import TrainError
 from ..options import ImageOptions
-from .options import add_image_options, add_model, options_from, positive
-from .terminal import interruptible, run_command
+from .options import add_image_options, add_model, model_from, options_from, positive
+from .terminal import Parser, interruptible, make_parser, run_command
 
 if TYPE_CHECKING:
     from ..training.data import Dataset
@@ -46,15 +46,12 @@ then:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The arguments, named as in mlx-lm's trainer; defaults are those of `TrainingOptions`."""
-    parser = argparse.ArgumentParser(
-        prog="mlx-lfm2vl-train",
-        description="Fine-tune LFM2-VL on conversations about images.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "mlx-lfm2vl-train", "Fine-tune LFM2-VL on conversations about images.", EPILOG
     )
-    add_model(parser)
+    add_model(parser, adapters=False)
     parser.add_argument(
         "--data",
         required=True,
@@ -114,9 +111,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 2 bad input, 130 interrupted."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    run_command(parser.prog, lambda: run(args))
+    run_command(build_parser(), run, argv)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -136,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
     validation_file = (
         Path(other) if args.validation is not None else find_split(other, "validation")
     )
-    source = resolve_model(args.model, args.revision)
+    source = resolve_model(model_from(args), args.revision)
     model, processor = load(source, dtype=args.dtype)
     assert train_file is not None
 

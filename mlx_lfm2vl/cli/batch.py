@@ -23,7 +23,7 @@ from ..serving.folder import (
     find_images,
     gather_parts,
 )
-from .options import add_image_options, add_model, add_sampling, model_from, options_from, positive
+from .options import add_image_options, add_model, add_sampling, options_from, positive
 from .terminal import Parser, make_parser, run_command
 
 EPILOG = """\
@@ -46,10 +46,11 @@ def build_parser() -> Parser:
         "Ask LFM2-VL the same about many images; one JSON line per answer.",
         EPILOG,
     )
-    add_model(parser, adapters=False)
+    add_model(parser)
     parser.add_argument(
         "--images",
         "--image",
+        dest="images",
         nargs="+",
         action="extend",
         required=True,
@@ -58,7 +59,7 @@ def build_parser() -> Parser:
         f"{' '.join(SUFFIXES)}; hidden files are left out",
     )
     parser.add_argument("--prompt", "-p", required=True, help="the question about each image")
-    parser.add_argument("--system", help="system message")
+    parser.add_argument("--system", "--system-prompt", help="system message")
     parser.add_argument(
         "--output", "-o", required=True, help="file for the answers (JSON lines), made or gone on"
     )
@@ -76,7 +77,8 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 2 bad input, 130 interrupted."""
-    run_command(build_parser(), run, argv)
+    parser = build_parser()
+    run_command(parser.prog, lambda: run(parser.parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -109,9 +111,8 @@ def _task(args: argparse.Namespace) -> Task:
         raise PromptError("the prompt is empty; ask something")
     stated = {f.name: getattr(args, f.name) for f in fields(Sampling)}
     Sampling().override(**stated)  # a wrong value is told before the model is loaded
-    model = model_from(args)
     return Task(
-        model=str(Path(model).resolve()) if os.path.isdir(model) else model,
+        model=str(Path(args.model).resolve()) if os.path.isdir(args.model) else args.model,
         revision=args.revision,
         dtype=args.dtype,
         prompt=args.prompt,

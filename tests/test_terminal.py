@@ -14,7 +14,7 @@ from mlx_lfm2vl import ImageError
 from mlx_lfm2vl.cli.commands import COMMANDS
 from mlx_lfm2vl.cli.commands import main as list_commands
 from mlx_lfm2vl.cli.options import DEFAULT_MODEL, model_from, path
-from mlx_lfm2vl.cli.terminal import make_parser, run_command
+from mlx_lfm2vl.cli.terminal import run_command
 
 
 @pytest.fixture
@@ -87,35 +87,34 @@ FAILURES = [
 
 @pytest.mark.parametrize(("error", "told"), FAILURES)
 def test_failures_end_in_one_line(error, told, outcome):
-    def fail(_):
+    def fail():
         warnings.warn("Pillow says something", UserWarning, stacklevel=1)
         logging.getLogger("PIL.TiffImagePlugin").warning("and something else")
         raise error
 
-    code, out, lines = outcome(run_command, make_parser("tool", "A tool."), fail, [])
+    code, out, lines = outcome(run_command, "tool", fail)
     assert (code, out, len(lines)) == (2, "", 1)
     assert lines[0].startswith("tool: error: ")
     assert told in lines[0]
 
 
 def test_bugs_are_not_hidden():
-    def fail(_):
+    def fail():
         raise KeyError("name")
 
     with pytest.raises(KeyError):
-        run_command(make_parser("tool", "A tool."), fail, [])
+        run_command("tool", fail)
 
 
 def test_interrupted_and_unread(outcome):
-    def interrupt(_):
+    def interrupt():
         raise KeyboardInterrupt
 
-    def unread(_):
+    def unread():
         raise BrokenPipeError
 
-    parser = make_parser("tool", "A tool.")
-    assert outcome(run_command, parser, interrupt, []) == (130, "", [""])
-    assert outcome(run_command, parser, unread, []) == (1, "", [])
+    assert outcome(run_command, "tool", interrupt) == (130, "", [""])
+    assert outcome(run_command, "tool", unread) == (1, "", [])
 
 
 def shell(redirection, *arguments, buffered=True):
@@ -214,14 +213,14 @@ def test_libraries_add_no_lines():
     code = """
 import logging, warnings
 from mlx_lfm2vl import ImageError
-from mlx_lfm2vl.cli.terminal import make_parser, run_command
+from mlx_lfm2vl.cli.terminal import run_command
 
-def fail(_):
+def fail():
     warnings.warn("Corrupt EXIF data")
     logging.getLogger("PIL.TiffImagePlugin").warning("More samples per pixel than can be decoded")
     raise ImageError("photo.tif is damaged")
 
-run_command(make_parser("tool", "A tool."), fail, [])
+run_command("tool", fail)
 """
     environment = {**os.environ, "PYTHONWARNINGS": ""}
     command = [sys.executable, "-c", code]

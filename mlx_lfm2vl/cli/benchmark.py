@@ -16,6 +16,7 @@ from ..errors import OutputError
 from ..measuring import DEFAULT_ROUNDS, DEFAULT_ROWS, DEFAULT_TOKENS
 from ..options import ImageOptions
 from .options import (
+    add_adapters,
     add_image_options,
     add_images,
     add_model,
@@ -108,6 +109,7 @@ def build_parser() -> Parser:
         "%(prog)s [--image IMAGE …] [flags]",
     )
     add_model(parser)
+    add_adapters(parser)
     add_images(parser, "paths or URLs of images to ask about")
     parser.add_argument(
         "--size",
@@ -155,7 +157,8 @@ def size(text: str) -> Size:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 2 bad input, 130 interrupted."""
-    run_command(build_parser(), run, argv)
+    parser = build_parser()
+    run_command(parser.prog, lambda: run(parser.parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from .terminal import Parser, make_parser, run_command, write
+from .terminal import Parser, make_parser, run_command
 
 COMMANDS = {
     "generate": "answer a question about images, or talk with --chat",
@@ -41,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         import_module(f".{given[0]}", __package__).main(given[1:])
     parser = build_parser()
 
-    def show(_: argparse.Namespace) -> None:
-        write(parser.format_help())
+    def show() -> None:
+        parser.parse_args(given)
+        parser.print_help()
 
-    run_command(parser, show, given)
+    run_command(parser.prog, show)

@@ -78,8 +78,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 2 bad input, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["report"]:
-        run_command(build_report_parser(), _report, arguments[1:])
-    run_command(build_parser(), _convert, arguments)
+        parser = build_report_parser()
+        run_command(parser.prog, lambda: _report(parser.parse_args(arguments[1:])))
+    parser = build_parser()
+    run_command(parser.prog, lambda: _convert(parser.parse_args(arguments)))
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .options import add_model, model_from
+from .options import add_model
 from .terminal import Parser, make_parser, run_command
 
 
@@ -15,7 +15,7 @@ def build_parser() -> Parser:
     """The arguments, named as in mlx-lm's `fuse`."""
     parser = make_parser("mlx-lfm2vl-fuse", "Work adapters into the weights of their model.")
     add_model(parser)
-    parser.set_defaults(adapter_path="adapters")
+    parser.add_argument("--adapter-path", default="adapters", help="default: %(default)s")
     parser.add_argument(
         "--save-path", default="fused_model", help="folder to write (default: %(default)s)"
     )
@@ -27,14 +27,15 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 2 bad input, 130 interrupted."""
-    run_command(build_parser(), _run, argv)
+    parser = build_parser()
+    run_command(parser.prog, lambda: _run(parser.parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> None:
     from ..conversion.fuse import fuse
 
     target = fuse(
-        model_from(args),
+        args.model,
         args.adapter_path,
         args.save_path,
         dtype=args.dtype,

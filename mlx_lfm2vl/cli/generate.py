@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..errors import PromptError
 from ..options import CacheOptions, GenerationConfig, ImageOptions, Sampling, SamplingConfig
 from .options import (
+    add_adapters,
     add_answer,
     add_cache_options,
     add_image_options,
@@ -50,6 +51,7 @@ def build_parser() -> Parser:
         "%(prog)s --prompt TEXT [--image IMAGE …] [flags]",
     )
     add_model(parser)
+    add_adapters(parser)
     add_images(parser, "path, URL, or - for standard input; several are seen in this order")
     add_prompt(parser, "the question, or - to read it from standard input")
     parser.add_argument(
@@ -72,7 +74,8 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 2 bad input, 130 interrupted."""
-    run_command(build_parser(), run, argv)
+    parser = build_parser()
+    run_command(parser.prog, lambda: run(parser.parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> None:

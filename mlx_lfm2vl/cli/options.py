@@ -75,14 +75,14 @@ SAMPLING: tuple[tuple[str, Callable[[str], float], str], ...] = (
 )
 
 
-def add_model(parser: argparse.ArgumentParser, *, adapters: bool = True) -> None:
-    """Which checkpoint, the type it computes in, and adapters; `model_from` reads the flags."""
-    otherwise = "the base model of the adapters, or " if adapters else ""
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint, and the type it computes in."""
     parser.add_argument(
         "--model",
         type=path,
+        default=DEFAULT_MODEL,
         metavar="NAME",
-        help=f"folder, Hugging Face repository, or demo (default: {otherwise}{DEFAULT_MODEL})",
+        help=f"folder, Hugging Face repository, or demo (default: {DEFAULT_MODEL})",
     )
     parser.add_argument(
         "--revision", metavar="NAME", help="branch, tag or commit of the repository"
@@ -92,21 +92,25 @@ def add_model(parser: argparse.ArgumentParser, *, adapters: bool = True) -> None
         choices=("float32", "float16", "bfloat16"),
         help="type to compute in (default: the checkpoint's on a GPU, float32 on a CPU)",
     )
-    if adapters:
-        parser.add_argument(
-            "--adapter-path",
-            type=path,
-            metavar="FOLDER",
-            help="trained adapters, from the train command or mlx-lm",
-        )
+
+
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """Trained updates beside the weights; the model is then what `model_from` finds."""
+    parser.set_defaults(model=None)
+    parser.add_argument(
+        "--adapter-path",
+        type=path,
+        metavar="FOLDER",
+        help="trained adapters, from the train command or mlx-lm; they bring their own base model "
+        "unless --model names one",
+    )
 
 
 def model_from(args: argparse.Namespace) -> str:
-    """The model that the flags of `add_model` name."""
+    """The model of `add_model`, or of the adapters of `add_adapters`."""
     if args.model is not None:
         return str(args.model)
-    adapters = getattr(args, "adapter_path", None)
-    base = None if adapters is None else adapter_base_model(adapters)
+    base = None if args.adapter_path is None else adapter_base_model(args.adapter_path)
     return DEFAULT_MODEL if base is None else base
 
 

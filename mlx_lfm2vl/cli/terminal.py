@@ -16,7 +16,8 @@ from typing import NoReturn
 from .._version import __version__
 from ..errors import Lfm2VlError, OutputError
 
-READER_GONE = 1  # exit codes
+# exit codes
+READER_GONE = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 
@@ -72,15 +73,13 @@ def make_parser(
     return parser
 
 
-def run_command(
-    parser: Parser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None
-) -> NoReturn:
-    """Parses, runs and exits: 0 done, 1 nobody reads on, 2 bad input, 130 interrupted."""
+def run_command(prog: str, action: Callable[[], None]) -> NoReturn:
+    """Runs an action, parsing included, and exits: 0 done, or the codes above."""
     code = 0
     try:
         with _quiet():
             _open_streams()
-            run(parser.parse_args(argv))
+            action()
             flush()
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else BAD_INPUT
@@ -90,7 +89,7 @@ def run_command(
     except BrokenPipeError:
         code = READER_GONE
     except TOLD as error:
-        tell(f"{parser.prog}: error: {message_of(error)}")
+        tell(f"{prog}: error: {message_of(error)}")
         code = BAD_INPUT
     _let_go()
     sys.exit(code)

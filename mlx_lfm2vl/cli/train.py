@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import TrainError
 from ..options import ImageOptions
-from .options import add_image_options, add_model, model_from, options_from, positive
+from .options import add_image_options, add_model, options_from, positive
 from .terminal import Parser, interruptible, make_parser, run_command
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def build_parser() -> Parser:
     parser = make_parser(
         "mlx-lfm2vl-train", "Fine-tune LFM2-VL on conversations about images.", EPILOG
     )
-    add_model(parser, adapters=False)
+    add_model(parser)
     parser.add_argument(
         "--data",
         required=True,
@@ -111,7 +111,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 2 bad input, 130 interrupted."""
-    run_command(build_parser(), run, argv)
+    parser = build_parser()
+    run_command(parser.prog, lambda: run(parser.parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -131,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
     validation_file = (
         Path(other) if args.validation is not None else find_split(other, "validation")
     )
-    source = resolve_model(model_from(args), args.revision)
+    source = resolve_model(args.model, args.revision)
     model, processor = load(source, dtype=args.dtype)
     assert train_file is not None
 

@@ -144,22 +144,31 @@ def benchmark(
     tell("load")
     folder = resolve_model(model, revision)
     network, processor, load_s = _load(folder, dtype, adapter_path, rounds)
-    compute_type = network.language_model.model.embedding_norm.weight.dtype
+    benches = [
+        _ImageBench(network, processor, *source, image_options, max_tokens) for source in sources
+    ]
     with wired_limit(network):
-        tell("memory bandwidth")
-        bandwidth = measure_bandwidth(compute_type, rounds)
-        costs = [
-            _ImageBench(network, processor, *source, image_options, max_tokens).run(
-                rounds, bandwidth, tell
-            )
-            for source in sources
-        ]
-        tell(f"batch of {rows}")
-        batch_s = median(
-            repeat(rounds, lambda: _batch_seconds(network, processor, rows, max_tokens))
-        )
+        return _measure(str(model), load_s, benches, rounds, rows, tell)
+
+
+def _measure(
+    name: str,
+    load_s: float,
+    benches: Sequence[_ImageBench],
+    rounds: int,
+    rows: int,
+    tell: Callable[[str], None],
+) -> BenchmarkResult:
+    """All stages but loading, of at least one image."""
+    network, processor, max_tokens = benches[0].model, benches[0].processor, benches[0].tokens
+    compute_type = network.language_model.model.embedding_norm.weight.dtype
+    tell("memory bandwidth")
+    bandwidth = measure_bandwidth(compute_type, rounds)
+    costs = [bench.run(rounds, bandwidth, tell) for bench in benches]
+    tell(f"batch of {rows}")
+    batch_s = median(repeat(rounds, lambda: _batch_seconds(network, processor, rows, max_tokens)))
     return BenchmarkResult(
-        model=str(model),
+        model=name,
         machine=this_machine(),
         dtype=str(compute_type).removeprefix("mlx.core."),
         weight_bytes=_nbytes(network.parameters()),

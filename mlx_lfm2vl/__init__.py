@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from .serving.session import Session, Usage
     from .serving.worker import Request, RequestCancelled, Worker
     from .training.data import read_dataset
-    from .training.trainer import Trainer, TrainingOptions
+    from .training.options import TrainingOptions
+    from .training.trainer import Trainer
 
 # name -> module; imported when first used, so that `import mlx_lfm2vl` costs next to nothing
 _EXPORTS = {
@@ -67,7 +68,7 @@ _EXPORTS = {
     "SnapshotError": "errors",
     "TrainError": "errors",
     "Trainer": "training.trainer",
-    "TrainingOptions": "training.trainer",
+    "TrainingOptions": "training.options",
     "Usage": "serving.session",
     "WeightsError": "errors",
     "Worker": "serving.worker",

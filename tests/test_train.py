@@ -13,11 +13,12 @@ from mlx_lfm2vl.checkpoints.adapters import PARTS, trainable_linears
 from mlx_lfm2vl.checkpoints.names import mlx_name
 from mlx_lfm2vl.models.layers import random_seed
 from mlx_lfm2vl.training.data import Batch, collate, read_dataset
-from mlx_lfm2vl.training.trainer import TrainingOptions, loss_sum, make_optimizer, prepare, step
+from mlx_lfm2vl.training.options import TrainingOptions
+from mlx_lfm2vl.training.trainer import loss_sum, make_optimizer, prepare, step
 
 from .checkpoints.pictures import TRAINED
 from .conftest import FIXTURES
-from .test_data import save_case, write_lines
+from .helpers import save_case, write_lines
 from .test_parity import stored
 
 EVERYTHING = tuple(PARTS)

@@ -19,16 +19,19 @@ from PIL import Image
 
 from mlx_lfm2vl import DataError, TrainError, convert, generate, load
 from mlx_lfm2vl.checkpoints.adapters import ADAPTER_WEIGHTS, PARTS
-from mlx_lfm2vl.cli.train import COLUMNS, LOG, PLOT, main, read_log
+from mlx_lfm2vl.cli.train import main
 from mlx_lfm2vl.models.layers import random_seed
 from mlx_lfm2vl.training import metrics
+from mlx_lfm2vl.training import run as run_module
 from mlx_lfm2vl.training.data import batch_order, collate, read_dataset
 from mlx_lfm2vl.training.metrics import answer_metric, exact_match, validation_loss
-from mlx_lfm2vl.training.trainer import Trainer, TrainingOptions, checkpoints, loss_sum
+from mlx_lfm2vl.training.options import TrainingOptions
+from mlx_lfm2vl.training.run import COLUMNS, LOG, PLOT, read_log
+from mlx_lfm2vl.training.trainer import Trainer, checkpoints, loss_sum
 
 from .checkpoints import pictures
 from .conftest import FIXTURES
-from .test_data import answer, cut, save_picture, user, write_lines
+from .helpers import answer, cut, save_picture, user, write_lines
 
 SOURCE = FIXTURES / "v5"
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
@@ -370,7 +373,7 @@ def test_a_run_from_end_to_end(run, data, tmp_path, monkeypatch):
     # another run does not overwrite it
     code, said = run(*arguments)
     assert (code, said.count("\n")) == (2, 1)
-    assert "is there already; state another --output, or --resume" in said
+    assert "is there already; choose another --output, or --resume" in said
 
 
 def test_reports_are_means(run, undisturbed, tmp_path):
@@ -446,6 +449,7 @@ import sys, time
 from pathlib import Path
 from mlx_lfm2vl.cli import train as train_cli
 from mlx_lfm2vl.training import metrics
+from mlx_lfm2vl.training import run as run_module
 from mlx_lfm2vl.training import trainer as train
 
 write = train.write_result
@@ -487,6 +491,7 @@ import sys, time
 from pathlib import Path
 from mlx_lfm2vl.cli import train as train_cli
 from mlx_lfm2vl.training import metrics
+from mlx_lfm2vl.training import run as run_module
 from mlx_lfm2vl.training import trainer as train
 
 step = train.step
@@ -512,7 +517,7 @@ def test_interrupted_and_resumed(run, undisturbed, data, tmp_path):
         said = process.stderr.read()
     assert process.returncode == 130
     done = log_of(output)[-1]["step"]
-    assert f"stopped after step {done}; --resume goes on from here" in said
+    assert f"stopped after step {done}; --resume continues from here" in said
     assert "Traceback" not in said
     assert [path.name for path in checkpoints(output)] == [f"checkpoint-{int(done):06}"]
     assert int(done) < 6
@@ -533,10 +538,10 @@ def test_interrupted_while_validating(run, undisturbed, tmp_path, monkeypatch):
     output = tmp_path / "out"
     arguments = ("--output", output, "--save-every", 100)
     with monkeypatch.context() as patch:
-        patch.setattr(metrics, "validation_loss", interrupted)
+        patch.setattr(run_module, "validation_loss", interrupted)
         code, said = run(*arguments)
     assert code == 130
-    assert "stopped after step 4; --resume goes on from here" in said
+    assert "stopped after step 4; --resume continues from here" in said
     assert [path.name for path in checkpoints(output)] == ["checkpoint-000004"]
     assert run(*arguments, "--resume")[0] == 0
     assert same(result_of(output), result_of(undisturbed))

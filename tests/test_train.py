@@ -302,7 +302,7 @@ def count_calls(layer, calls):
 
 def test_checkpointing_holds_fewer_activations(loaded):
     peaks = []
-    ids = np.full((8, 256), 200, np.int32)
+    ids = np.full((4, 256), 200, np.int32)
     positions = np.arange(16, dtype=np.int32)
     batch = Batch(ids, positions, ids.reshape(-1)[positions], None, (), ids.size)
     for again in (False, True):

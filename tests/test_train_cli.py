@@ -1,6 +1,5 @@
 """Runs of training: resumed, killed, interrupted, shared, and told what is wrong."""
 
-import csv
 import json
 import os
 import signal
@@ -18,7 +17,7 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_lfm2vl import DataError, TrainError, convert, generate, load
-from mlx_lfm2vl.checkpoints.adapters import ADAPTER_WEIGHTS, PARTS
+from mlx_lfm2vl.checkpoints.adapters import PARTS
 from mlx_lfm2vl.cli.train import main
 from mlx_lfm2vl.models.layers import random_seed
 from mlx_lfm2vl.training import metrics
@@ -31,10 +30,20 @@ from mlx_lfm2vl.training.run import COLUMNS, LOG, PLOT, read_log
 from mlx_lfm2vl.training.trainer import Trainer, checkpoints, loss_sum
 
 from .checkpoints import pictures
-from .conftest import FIXTURES
-from .helpers import answer, cut, save_picture, user, write_lines
+from .helpers import (
+    FLAGS,
+    SOURCE,
+    answer,
+    cut,
+    log_of,
+    make_data,
+    result_of,
+    same,
+    save_picture,
+    user,
+    write_lines,
+)
 
-SOURCE = FIXTURES / "v5"
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
 EVERYTHING = tuple(PARTS)
 LORA = TrainingOptions(
@@ -48,27 +57,6 @@ LORA = TrainingOptions(
     rank=4,
     dropout=0.3,
 )
-FLAGS = (
-    *("--model", SOURCE, "--fine-tune-type", "full", "--train", "projector"),
-    *("--batch-size", 2, "--iters", 6, "--learning-rate", 1e-3),
-    *("--save-every", 2, "--steps-per-report", 1, "--steps-per-eval", 3),
-)
-
-
-def make_data(folder):
-    """Nine samples of different length, with images and without, and three for validation."""
-    entries = []
-    for number in range(12):
-        conversation = [user("How many? " * (1 + number % 4)), answer(f"{number} cats.")]
-        entry = {"messages": conversation}
-        if number % 3:
-            save_picture(folder / f"{number}.png", 40 + 30 * (number % 2), 50, number)
-            conversation[0]["content"] = [{"type": "image"}, {"type": "text", "text": "What?"}]
-            entry["images"] = [f"{number}.png"]
-        entries.append(entry)
-    write_lines(folder / "train.jsonl", entries[:9])
-    write_lines(folder / "valid.jsonl", entries[9:])
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -305,22 +293,6 @@ def run(capsys, data, monkeypatch):
 
 def command(*arguments):
     return [sys.executable, "-m", "mlx_lfm2vl.train", *map(str, (*FLAGS, *arguments))]
-
-
-def log_of(output):
-    with (output / LOG).open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def result_of(output):
-    name = ADAPTER_WEIGHTS if (output / ADAPTER_WEIGHTS).exists() else "model.safetensors"
-    return {name: np.array(array) for name, array in mx.load(str(output / name)).items()}
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(
-        (first[name] == second[name]).all() for name in first
-    )
 
 
 @pytest.fixture(scope="module")

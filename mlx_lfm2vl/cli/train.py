@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,35 +29,31 @@ examples:
 then:
   python -m mlx_lfm2vl.generate --adapter-path adapters --image photo.jpg --prompt "…"
 """
-RUN = {
-    "--output --adapter-path --save-path": "folder",
-    "--save-every": "steps",
-    "--keep-checkpoints": "the last ones",
-    "--steps-per-report": "",
-    "--steps-per-eval": "",
-    "--metric-samples": "validation samples to answer",
-    "--skip-bad": "leave bad lines out, and count",
-    "--plot": "draw the losses in the end",
+HELP = {
+    "output": "folder",
+    "save_every": "steps",
+    "keep_checkpoints": "the last ones",
+    "metric_samples": "validation samples to answer",
+    "skip_bad": "leave bad lines out, and count",
+    "plot": "draw the losses in the end",
+    "fine_tune_type": "lora, dora or full",
+    "iters": "steps",
+    "batch_size": "per machine",
+    "grad_accumulation_steps": "batches whose gradients are added up before a step",
+    "optimizer": ", ".join(OPTIMIZERS),
+    "learning_rate": "the highest",
+    "schedule": ", ".join(SCHEDULES),
+    "warmup": "steps",
+    "max_grad_norm": "0 is no limit",
+    "rank": "of adapters",
+    "scale": "of adapters",
+    "dropout": "of adapters",
+    "num_layers": "last layers with adapters, -1 is all",
+    "grad_checkpoint": "compute activations twice instead of keeping them: slower, less memory",
+    "max_length": "tokens of a sample",
 }
-TRAINING = {
-    "--fine-tune-type": "lora, dora or full",
-    "--iters": "steps",
-    "--batch-size": "per machine",
-    "--grad-accumulation-steps": "batches whose gradients are added up before a step",
-    "--optimizer": ", ".join(OPTIMIZERS),
-    "--learning-rate": "the highest",
-    "--schedule": ", ".join(SCHEDULES),
-    "--warmup": "steps",
-    "--weight-decay": "",
-    "--max-grad-norm": "0 is no limit",
-    "--rank": "of adapters",
-    "--scale": "of adapters",
-    "--dropout": "of adapters",
-    "--num-layers": "last layers with adapters, -1 is all",
-    "--grad-checkpoint": "compute activations twice instead of keeping them: slower, less memory",
-    "--max-length --max-seq-length": "tokens of a sample",
-    "--seed": "",
-}
+# mlx-lm's names
+ALIASES = {"output": ("--adapter-path", "--save-path"), "max_length": ("--max-seq-length",)}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="also answer validation samples and compare: exact_match, or FILE.py:FUNCTION of "
         "(answer, reference) that returns a number",
     )
-    _add_fields(parser, RunOptions, RUN)
+    _add_fields(parser, RunOptions)
     training = parser.add_argument_group("training")
     training.add_argument(
         "--train-parts",
@@ -99,23 +96,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="of language,projector,vision; a bare --train is accepted, as mlx-lm has it "
         f"(default: {','.join(TrainingOptions.train)})",
     )
-    _add_fields(training, TrainingOptions, TRAINING)
+    _add_fields(training, TrainingOptions)
     add_image_options(parser)
     return parser
 
 
-def _add_fields(group: Any, kind: Any, texts: Mapping[str, str]) -> None:
-    """A flag for each field that has a text; None stands for its default."""
-    defaults = {field.name: field.default for field in fields(kind)}
-    for spellings, text in texts.items():
-        flags = spellings.split()
-        name = flags[0].removeprefix("--").replace("-", "_")
-        default = defaults[name]
-        if default is False:
-            group.add_argument(*flags, dest=name, action="store_true", default=None, help=text)
-        else:
-            text = f"{text} (default: {default})".strip()
-            group.add_argument(*flags, dest=name, type=type(default), help=text)
+def _add_fields(group: Any, kind: Any) -> None:
+    """A flag for each number, text and switch of some options; None stands for its default."""
+    for field in fields(kind):
+        flags = ("--" + field.name.replace("_", "-"), *ALIASES.get(field.name, ()))
+        text = HELP.get(field.name, "")
+        if field.default is False:
+            group.add_argument(*flags, action="store_true", default=None, help=text)
+        elif isinstance(field.default, (int, float, str)):
+            text = f"{text} (default: {field.default})".strip()
+            group.add_argument(*flags, type=type(field.default), help=text)
 
 
 def config_flags(parser: argparse.ArgumentParser, file: str) -> list[str]:
@@ -176,7 +171,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if args.config is not None:
             args = parser.parse_args([*config_flags(parser, args.config), *argv])
     except argparse.ArgumentError as error:
-        parser.error(str(error))
+        raise TrainError(str(error)) from None
     if args.data is None:
         raise TrainError("--data is missing: a file of JSON lines, or its folder")
     return args
@@ -191,7 +186,7 @@ def run(args: argparse.Namespace) -> None:
     """Does what the arguments ask for; errors are exceptions."""
     from ..checkpoints.hub import resolve_model
     from ..checkpoints.loading import load
-    from ..training.data import Dataset, find_split, read_dataset, user_path
+    from ..training.data import find_split, read_dataset, user_path
     from ..training.metrics import load_metric
     from ..training.run import Run, check_plot, open_output
     from ..training.trainer import Trainer
@@ -208,43 +203,41 @@ def run(args: argparse.Namespace) -> None:
         if not os.path.exists(validation_file):
             raise DataError(f"{validation_file} cannot be read: it does not exist")
 
-    def read(path: Path) -> Dataset:
-        return read_dataset(
-            path,
-            processor,
-            max_length=options.max_length,
-            skip_bad=kept.skip_bad,
-            image_options=options.image_options,
-            progress=_bar,
-        )
-
     output = user_path(kept.output)
-    with open_output(output, args.resume) as checkpoint:
-        source = resolve_model(args.model, args.revision)
-        model, processor = load(source, dtype=args.dtype)
-        assert train_file is not None
-        dataset = read(train_file)
-        validation = None if validation_file is None else read(validation_file)
-        trainer = Trainer(model, processor, dataset, options, skip_bad=kept.skip_bad)
-        if trainer.adapter_config is not None:
-            trainer.adapter_config |= _base(args.model, args.revision)
-        if args.resume_adapter_file is not None and checkpoint is None:
-            trainer.begin_with(user_path(args.resume_adapter_file))
-        reports = [] if checkpoint is None else trainer.resume(checkpoint)
-        training = Run(
-            trainer,
-            output,
-            source,
-            kept,
-            reports=reports,
-            validation=validation,
-            metric=metric,
-            say=_say,
-            progress=_bar,
-        )
-        with interruptible() as interrupted:
-            if not training.train(interrupted):
-                raise KeyboardInterrupt
+    checkpoint = open_output(output, args.resume)
+    source = resolve_model(args.model, args.revision)
+    model, processor = load(source, dtype=args.dtype)
+    read = partial(
+        read_dataset,
+        processor=processor,
+        max_length=options.max_length,
+        skip_bad=kept.skip_bad,
+        image_options=options.image_options,
+        progress=_bar,
+    )
+    assert train_file is not None
+    dataset = read(train_file)
+    validation = None if validation_file is None else read(validation_file)
+    trainer = Trainer(model, processor, dataset, options, skip_bad=kept.skip_bad)
+    if trainer.adapter_config is not None:
+        trainer.adapter_config |= _base(args.model, args.revision)
+    if args.resume_adapter_file is not None and checkpoint is None:
+        trainer.begin_with(user_path(args.resume_adapter_file))
+    reports = [] if checkpoint is None else trainer.resume(checkpoint)
+    training = Run(
+        trainer,
+        output,
+        source,
+        kept,
+        reports=reports,
+        validation=validation,
+        metric=metric,
+        say=_say,
+        progress=_bar,
+    )
+    with interruptible() as interrupted:
+        if not training.train(interrupted):
+            raise KeyboardInterrupt
 
 
 def _base(model: str, revision: str | None) -> dict[str, str]:

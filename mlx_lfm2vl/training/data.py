@@ -171,7 +171,7 @@ def read_dataset(
 def read_lines(path: Path) -> list[bytes]:
     """The lines of a file; only a line feed ends one, texts may hold other separators."""
     try:
-        return path.read_bytes().split(b"\n")
+        return path.read_bytes().rstrip(b"\n").split(b"\n")
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
 

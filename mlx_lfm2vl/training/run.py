@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,7 +24,6 @@ from .trainer import StepReport, Trainer, checkpoints, publish, replaced
 LOG, PLOT = "log.csv", "loss.png"
 MEASURES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb")
 COLUMNS = ("step", *MEASURES, "validation_loss", "metric")
-LEFTOVERS = ".checkpoint-"  # hidden folders that a killed run left
 Row = Mapping[str, Any]  # of the log; texts, if they were read back
 
 
@@ -165,57 +162,40 @@ def any_machine(value: bool) -> bool:
     return bool(mx.distributed.all_max(mx.array(value, mx.int32)).item())
 
 
-@contextmanager
-def open_output(output: Path, resume: bool) -> Iterator[Path | None]:
-    """Opens the folder of a run for this process alone; gives the checkpoint to resume from.
+def open_output(output: Path, resume: bool) -> Path | None:
+    """Makes the folder of a run; gives the checkpoint to resume from, None for a new run.
 
-    That is None for a new run. One that was stopped before its first checkpoint begins again,
-    with `resume` or without. Only what a killed run left half-written is removed.
+    One that was stopped before its first checkpoint begins again, with `resume` or without. Only
+    what a killed run left half-written is removed.
 
     Raises:
-        TrainError: the folder cannot be made, is in use, holds something else, or nothing.
+        TrainError: the folder cannot be made, holds something else, or nothing to resume.
     """
     try:
         if not resume:
             output.mkdir(parents=True, exist_ok=True)
-        found = os.listdir(output) if os.path.isdir(output) else None
+        names = os.listdir(output) if os.path.isdir(output) else None
     except (OSError, ValueError) as error:
         raise TrainError(f"{output} cannot be a folder for the result: {error}") from None
-    done = checkpoints(output) if found is not None else []
-    if resume and not done and (found is None or not _is_begun(output, found)):
+    done = [] if names is None else checkpoints(output)
+    begun = names is not None and _is_begun(output, names)
+    if resume and not (done or begun):
         raise TrainError(f"{output} has no checkpoint to resume from")
-    if not resume and (done or not _is_begun(output, found or [])):
+    if not resume and not begun:
         raise TrainError(f"{output} is there already; choose another --output, or --resume")
-    with _locked(output):
-        for name in found or []:
-            if name.startswith(LEFTOVERS):
-                shutil.rmtree(output / name, ignore_errors=True)
-        yield done[-1] if done else None
+    for name in names or []:
+        if name.startswith(".checkpoint-"):
+            shutil.rmtree(output / name, ignore_errors=True)
+    return done[-1] if done else None
 
 
-def _is_begun(output: Path, found: Sequence[str]) -> bool:
-    """Whether a folder without checkpoints is empty, or that of a run without a result."""
-    ours = any(name.startswith(LEFTOVERS) for name in found) or is_log(output / LOG)
-    return not found or (ours and not {ADAPTER_CONFIG, "config.json"} & {*found})
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder, as long as the disk knows locks."""
-    if mx.distributed.init().rank() > 0:
-        yield
-        return
-    number = os.open(output, os.O_RDONLY)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if isinstance(error, BlockingIOError):
-            os.close(number)
-            raise TrainError(f"{output} is in use by another run") from None
-    try:
-        yield
-    finally:
-        os.close(number)
+def _is_begun(output: Path, names: Sequence[str]) -> bool:
+    """Whether a folder is empty, or that of a run that has no checkpoint and no result."""
+    theirs = (ADAPTER_CONFIG, "config.json", "checkpoint-")
+    ours = (".checkpoint-", f".{LOG}")  # half-written
+    if any(name.startswith(theirs) for name in names):
+        return False
+    return not names or is_log(output / LOG) or any(name.startswith(ours) for name in names)
 
 
 def write_log(path: Path, rows: Sequence[Row]) -> None:

@@ -216,8 +216,10 @@ class Trainer:
         """
         target = output / f"checkpoint-{self.steps_done:06}"
         state = dict(tree_flatten(self.optimizer.state, destination={}))
-        learned = [array for _, array in tree_flatten(self.model.trainable_parameters())]
-        nbytes = sum(array.nbytes for array in (*state.values(), *learned))
+        model = self.model
+        written = model.parameters if self.adapter_config is None else model.trainable_parameters
+        arrays = [array for _, array in tree_flatten(written())]
+        nbytes = sum(array.nbytes for array in (*state.values(), *arrays))
         with writing(target), complete_folder(target, nbytes) as folder:
             mx.save_safetensors(str(folder / STATE_ARRAYS), state)
             description = {**self._description(), "reports": [asdict(one) for one in reports]}

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 from .._version import __version__
@@ -145,6 +144,8 @@ def read_config(file: str) -> dict[str, Any]:
     """The settings of a JSON or YAML file."""
     import json
 
+    from ..training.data import user_path
+
     load: Any = json.loads
     errors: tuple[type[Exception], ...] = (OSError, ValueError, RecursionError)
     if not file.endswith(".json"):
@@ -154,7 +155,7 @@ def read_config(file: str) -> dict[str, Any]:
             raise TrainError(f"{file}: YAML needs pyyaml; install it, or write JSON") from None
         load, errors = yaml.safe_load, (*errors, yaml.YAMLError)
     try:
-        settings = load(Path(file).read_text(encoding="utf-8"))
+        settings = load(user_path(file).read_text(encoding="utf-8"))
     except errors as error:
         raise TrainError(f"{file} cannot be read: {error}") from None
     if not isinstance(settings, dict):
@@ -196,13 +197,14 @@ def run(args: argparse.Namespace) -> None:
     if kept.plot:
         check_plot()
     metric = None if args.metric is None else load_metric(args.metric)
-    train_file = find_split(args.data, "train")
-    validation_file = find_split(args.data, "validation")
+    train_file, validation_file = (
+        find_split(args.data, "train"),
+        find_split(args.data, "validation"),
+    )
     if args.validation is not None:
         validation_file = user_path(args.validation)
         if not os.path.exists(validation_file):
             raise DataError(f"{validation_file} cannot be read: it does not exist")
-
     output = user_path(kept.output)
     checkpoint = open_output(output, args.resume)
     source = resolve_model(args.model, args.revision)
@@ -215,9 +217,10 @@ def run(args: argparse.Namespace) -> None:
         image_options=options.image_options,
         progress=_bar,
     )
-    assert train_file is not None
-    dataset = read(train_file)
-    validation = None if validation_file is None else read(validation_file)
+    dataset, validation = (
+        None if file is None else read(file) for file in (train_file, validation_file)
+    )
+    assert dataset is not None
     trainer = Trainer(model, processor, dataset, options, skip_bad=kept.skip_bad)
     if trainer.adapter_config is not None:
         trainer.adapter_config |= _base(args.model, args.revision)
@@ -225,15 +228,7 @@ def run(args: argparse.Namespace) -> None:
         trainer.begin_with(user_path(args.resume_adapter_file))
     reports = [] if checkpoint is None else trainer.resume(checkpoint)
     training = Run(
-        trainer,
-        output,
-        source,
-        kept,
-        reports=reports,
-        validation=validation,
-        metric=metric,
-        say=_say,
-        progress=_bar,
+        trainer, output, source, kept, reports, validation, metric, say=_say, progress=_bar
     )
     with interruptible() as interrupted:
         if not training.train(interrupted):

@@ -45,10 +45,10 @@ class Run:
         output: Path,
         source: Path,
         options: RunOptions,
-        *,
         reports: Sequence[StepReport] = (),
         validation: Dataset | None = None,
         metric: Metric | None = None,
+        *,
         say: Callable[[str], None] | None = None,
         progress: Progress | None = None,
     ) -> None:

@@ -13,11 +13,12 @@ from mlx_lfm2vl.checkpoints.adapters import PARTS, trainable_linears
 from mlx_lfm2vl.checkpoints.names import mlx_name
 from mlx_lfm2vl.models.layers import random_seed
 from mlx_lfm2vl.training.data import Batch, collate, read_dataset
-from mlx_lfm2vl.training.trainer import TrainingOptions, loss_sum, make_optimizer, prepare, step
+from mlx_lfm2vl.training.options import TrainingOptions
+from mlx_lfm2vl.training.trainer import loss_sum, make_optimizer, prepare, step
 
 from .checkpoints.pictures import TRAINED
 from .conftest import FIXTURES
-from .test_data import save_case, write_lines
+from .helpers import save_case, write_lines
 from .test_parity import stored
 
 EVERYTHING = tuple(PARTS)
@@ -301,7 +302,7 @@ def count_calls(layer, calls):
 
 def test_checkpointing_holds_fewer_activations(loaded):
     peaks = []
-    ids = np.full((8, 256), 200, np.int32)
+    ids = np.full((4, 256), 200, np.int32)
     positions = np.arange(16, dtype=np.int32)
     batch = Batch(ids, positions, ids.reshape(-1)[positions], None, (), ids.size)
     for again in (False, True):

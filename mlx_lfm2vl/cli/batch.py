@@ -18,6 +18,7 @@ from ..errors import PromptError
 from ..options import ImageOptions, Sampling
 from ..serving.folder import SUFFIXES, Counts, Lines, Task, answer_all, find_images
 from .options import (
+    add_adapters,
     add_answer,
     add_image_options,
     add_images,
@@ -53,6 +54,7 @@ def build_parser() -> Parser:
         EPILOG,
     )
     add_model(parser)
+    add_adapters(parser)
     add_images(
         parser,
         "files, patterns, or folders, searched with their subfolders for "

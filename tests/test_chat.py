@@ -24,7 +24,6 @@ from mlx_lfm2vl.cli.generate import main
 
 from .checkpoints.pictures import picture
 
-GREEDY = Sampling(temperature=0)
 needs_full_disk = pytest.mark.skipif(
     not os.path.exists("/dev/full"), reason="needs /dev/full, which Linux has"
 )
@@ -274,7 +273,7 @@ def test_commands_say_what_they_did(chat, photo):
 def test_the_system_message_is_heard(chat, loaded):
     answers = chat("/system Be brief.", "What?")
     session = Session(*loaded(), system="Be brief.")
-    assert answers[1] == session.send("What?", sampling=GREEDY, max_tokens=6).strip("\n")
+    assert answers[1] == session.send("What?", sampling=Sampling(), max_tokens=6).strip("\n")
 
 
 def test_a_saved_conversation_continues(chat):
@@ -306,10 +305,12 @@ def test_settings(chat, loaded):
     assert answers[10] == "(seed 5)"
     assert answers[11] == "(temperature 0.1)"  # what the checkpoint recommends
     session = Session(*loaded())
-    sampling = Sampling(temperature=0.7, min_p=0.15, repetition_penalty=1.05)
+    sampling = loaded()[1].generation_config.sampling.override(temperature=0.7)
     expected = session.send("Count", sampling=sampling, seed=5, max_tokens=9)
     assert answers[9] == expected.strip("\n")
-    assert answers[2] == Session(*loaded()).send("Count", sampling=GREEDY, max_tokens=3).strip("\n")
+    assert answers[2] == Session(*loaded()).send("Count", sampling=Sampling(), max_tokens=3).strip(
+        "\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -317,7 +318,7 @@ def test_settings(chat, loaded):
 )
 def test_messages_of_several_lines(lines, chat, loaded):
     answers = chat(*lines, "exit")
-    expected = Session(*loaded()).send("one\n/two", sampling=GREEDY, max_tokens=6)
+    expected = Session(*loaded()).send("one\n/two", sampling=Sampling(), max_tokens=6)
     assert answers[0].lstrip(". ") == expected.strip("\n").lstrip(". ")
     assert answers[1] == "(1 turn not saved)"
 

@@ -163,7 +163,7 @@ def test_closed_streams(fixtures):
     code, _, lines = shell("<&-", *arguments, "--image", "-", "-p", "Hi")
     assert (code, len(lines)) == (2, 1)
     assert "it is empty" in lines[0]
-    assert shell("2>&-", *arguments, "-p", "Hi", "--temp", "hot") == (2, "", [])
+    assert shell("2>&-", *arguments, "-p", "Hi", "--temp", "inf") == (2, "", [])
 
 
 def test_any_text_fits_any_terminal(copied, tmp_path, monkeypatch):

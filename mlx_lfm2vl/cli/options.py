@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from dataclasses import fields
@@ -35,16 +36,18 @@ def whole(least: int, most: int = MAX_WHOLE) -> Callable[[str], int]:
 
 
 positive = whole(1)
-any_whole = whole(-MAX_WHOLE)  # for options that know their bounds themselves
 seed = whole(0, MAX_SEED)
 
 
 def number(value: str) -> float:
-    """The type of a flag: a number."""
+    """The type of a flag: a finite number."""
     try:
-        return float(value)
+        found = float(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{_short(value)} is no number") from None
+    if not math.isfinite(found):
+        raise argparse.ArgumentTypeError(f"{value} must be a finite number")
+    return found
 
 
 def text(value: str) -> str:
@@ -70,14 +73,14 @@ def _short(value: str) -> str:
     return value if len(value) <= 40 else value[:40] + "…"
 
 
-# name in `Sampling`, which knows the bounds, type, meaning
+# name in `Sampling`, type, meaning
 SAMPLING: tuple[tuple[str, Callable[[str], float], str], ...] = (
     ("temperature", number, "0 is greedy decoding, without any recommended penalty"),
     ("top_p", number, "keep the most likely tokens up to this total probability"),
-    ("top_k", any_whole, "keep so many most likely tokens"),
+    ("top_k", whole(0), "keep so many most likely tokens"),
     ("min_p", number, "drop tokens below this share of the most likely one"),
     ("repetition_penalty", number, "divide the scores of tokens that came before; 1 is none"),
-    ("repetition_context_size", any_whole, "tokens the penalty looks back at"),
+    ("repetition_context_size", positive, "tokens the penalty looks back at"),
 )
 
 
@@ -226,28 +229,28 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("memory (default: keep every position as it is)")
     group.add_argument(
         "--max-kv-size",
-        type=any_whole,
+        type=positive,
         metavar="N",
         help="positions that attention layers keep: the first ones and a sliding window",
     )
     group.add_argument(
         "--keep",
-        type=any_whole,
+        type=whole(0),
         metavar="N",
         help="first positions that never leave (default: the whole prompt)",
     )
     group.add_argument(
-        "--kv-bits", type=any_whole, metavar="N", help="store keys and values with 4 or 8 bits"
+        "--kv-bits", type=whole(0), metavar="N", help="store keys and values with 4 or 8 bits"
     )
     group.add_argument(
         "--kv-group-size",
-        type=any_whole,
+        type=whole(0),
         metavar="N",
         help="values that share a scale: 32, 64 or 128 (default: 64)",
     )
     group.add_argument(
         "--quantized-kv-start",
-        type=any_whole,
+        type=whole(0),
         metavar="N",
         help="first position that --kv-bits stores so (default: 5000)",
     )

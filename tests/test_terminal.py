@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
@@ -226,3 +227,10 @@ run_command("tool", fail)
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (run.returncode, run.stderr) == (2, "tool: error: photo.tif is damaged\n")
+
+
+def test_the_converter_at_the_top():
+    command = [sys.executable, Path(__file__).parents[1] / "convert.py", "--help"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "--quant-predicate" in run.stdout

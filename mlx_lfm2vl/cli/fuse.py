@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ..conversion.fuse import fuse
-from .options import add_model
+from .._version import __version__
+from .convert import progress_bar
 from .terminal import run_command
 
 
@@ -17,14 +17,32 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlx-lfm2vl-fuse", description="Work adapters into the weights of their model."
     )
-    add_model(parser)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument(
+        "--model", help="folder, Hugging Face repository, or demo (default: what the adapters name)"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the repository")
     parser.add_argument("--adapter-path", default="adapters", help="default: %(default)s")
     parser.add_argument(
         "--save-path", default="fused_model", help="folder to write (default: %(default)s)"
     )
-    parser.add_argument("--dequantize", action="store_true", help="make floating point of integers")
+    parser.add_argument("--dtype", help="float16, bfloat16 or float32 (default: the model's)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--dequantize",
+        action="store_const",
+        const=True,
+        help="make floating point of integers; a quantized model needs no flag for that",
+    )
+    form.add_argument(
+        "--quantized",
+        dest="dequantize",
+        action="store_const",
+        const=False,
+        help="keep a quantized model quantized, and tell what rounding takes of the adapters",
+    )
     parser.add_argument("--to-hf", action="store_true", help="write the layout of transformers")
-    parser.add_argument("--force", action="store_true", help="replace a folder that is there")
+    parser.add_argument("--force", action="store_true", help="replace a model folder that is there")
     return parser
 
 
@@ -36,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(args: argparse.Namespace) -> None:
-    target = fuse(
+    from ..conversion.fuse import plan_fusion, told_loss
+    from ..conversion.plan import write_plan
+
+    plan, target = plan_fusion(
         args.model,
         args.adapter_path,
         args.save_path,
@@ -46,4 +67,8 @@ def _run(args: argparse.Namespace) -> None:
         revision=args.revision,
         force=args.force,
     )
+    told = told_loss(plan)
+    sys.stdout.write("".join(f"{line}\n" for line in (plan.summary(), told) if line))
+    with progress_bar() as progress:
+        write_plan(plan, target, progress, told)
     sys.stdout.write(f"wrote {target}\n")

@@ -94,7 +94,7 @@ def _told(target: Path, kind: type[Lfm2VlError]) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, Lfm2VlError):
             raise
-        raise kind(f"{target} could not be written: {error}") from None
+        raise kind(f"{target} could not be written to: {error}") from None
 
 
 @contextmanager

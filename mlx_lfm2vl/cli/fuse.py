@@ -68,7 +68,8 @@ def _run(args: argparse.Namespace) -> None:
         force=args.force,
     )
     told = told_loss(plan)
-    sys.stdout.write("".join(f"{line}\n" for line in (plan.summary(), told) if line))
+    if told:
+        sys.stdout.write(f"{told}\n")
     with progress_bar() as progress:
         write_plan(plan, target, progress, told)
     sys.stdout.write(f"wrote {target}\n")

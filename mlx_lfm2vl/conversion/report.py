@@ -10,7 +10,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -263,7 +262,9 @@ def _logprobs(
     features: mx.array | None,
 ) -> mx.array:
     """Log-probabilities (scored tokens, vocab) at each place where one of them comes next."""
-    embeddings = model.embed([*before, *scored], features)
+    # an answer may name the image token, which stands for no image there
+    answer = model.language_model.embed(mx.array([scored], mx.int32))
+    embeddings = mx.concatenate([model.embed(before, features), answer], axis=1)
     start = len(before) - 1
     hidden = model.language_model.model(embeddings).last_hidden_state
     logits = model.language_model.logits(hidden[0, start : start + len(scored)])
@@ -393,8 +394,10 @@ def as_json(results: list[Fidelity]) -> str:
 
 def check_plot(path: str | Path) -> None:
     """Raises a ConvertError if a plot cannot be drawn there."""
-    if find_spec("matplotlib") is None:
-        raise ConvertError('the plot needs matplotlib: pip install "mlx-lfm2vl[plot]"')
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise ConvertError('the plot needs matplotlib: pip install "mlx-lfm2vl[plot]"') from None
     if not os.access(Path(path).expanduser().parent, os.W_OK) or Path(path).is_dir():
         raise ConvertError(f"the plot cannot be written to {path}; give a file in a folder")
 

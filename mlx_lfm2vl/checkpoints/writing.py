@@ -100,13 +100,9 @@ def _told(target: Path, kind: type[Lfm2VlError]) -> Iterator[None]:
 @contextmanager
 def _workspace(parent: Path) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
-    door = _lock(parent, wait=True)  # nobody may take a workspace for dead before it is locked
-    try:
-        remove_leftovers(parent)
+    with _tidied(parent):
         folder = Path(tempfile.mkdtemp(prefix=WORKSPACE, dir=parent))
         lock = _lock(folder, wait=True)
-    finally:
-        _unlock(door)
     try:
         yield folder
     finally:
@@ -116,11 +112,22 @@ def _workspace(parent: Path) -> Iterator[Path]:
 
 def remove_leftovers(parent: Path) -> None:
     """Removes what killed processes left in a folder; a target caught between is put back."""
-    for folder in parent.glob(f"{WORKSPACE}*"):
-        lock = _lock(folder, wait=False)
-        if lock is not None:
-            _clear(folder)
-            _unlock(lock)
+    with _tidied(parent):
+        pass
+
+
+@contextmanager
+def _tidied(parent: Path) -> Iterator[None]:
+    door = _lock(parent, wait=True)  # nobody may take a workspace for dead before it is locked
+    try:
+        for folder in parent.glob(f"{WORKSPACE}*"):
+            lock = _lock(folder, wait=False)
+            if lock is not None:
+                _clear(folder)
+                _unlock(lock)
+        yield
+    finally:
+        _unlock(door)
 
 
 def _clear(workspace: Path) -> None:
@@ -172,6 +179,8 @@ def free_target(path: str | Path, force: bool, sources: Iterable[Path] = ()) -> 
     """
     try:
         target = Path(path).expanduser().resolve()
+        if target.parent.is_dir():
+            remove_leftovers(target.parent)
         if not target.exists():
             return target
     except (OSError, RuntimeError, ValueError) as error:

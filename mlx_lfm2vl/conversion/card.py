@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
+
+import yaml  # type: ignore[import-untyped]
 
 from ..checkpoints.hub import REPOSITORY_ID
 from ..errors import ConvertError
 
 # what still holds of a model after its conversion
 KEPT = ("base_model", "datasets", "language", "license", "license_link", "license_name", "tags")
+FRONT_MATTER = re.compile(r"\s*---\s*\n(.*?\n)---\s*(?:\n|$)", re.DOTALL)
 MLX_USE = """```sh
 python -m mlx_lfm2vl.generate --model {name} --image photo.jpg --prompt "What is in this image?"
 ```"""
@@ -36,8 +40,6 @@ def model_card(source: Path, origin: str, name: str, done: str, to_hf: bool) -> 
         done: what was done, in a sentence.
         to_hf: for transformers, not for MLX.
     """
-    from huggingface_hub import ModelCardData
-
     data = {key: value for key, value in _front_matter(source).items() if key in KEPT}
     if is_repository(origin):
         data["base_model"] = origin
@@ -51,24 +53,21 @@ def model_card(source: Path, origin: str, name: str, done: str, to_hf: bool) -> 
         "tags": own + kept,
     }
     use = (HF_USE if to_hf else MLX_USE).format(name=name)
-    front = ModelCardData(ignore_metadata_errors=True, **data).to_yaml()
-    return f"---\n{front}\n---\n\n# {name}\n\n{done}\n\n{use}\n"
+    front = yaml.safe_dump(data, allow_unicode=True)
+    return f"---\n{front}---\n\n# {name}\n\n{done}\n\n{use}\n"
 
 
 def _front_matter(source: Path) -> dict[str, Any]:
     """What the README of the source says in its head."""
-    from huggingface_hub.repocard import metadata_load
-    from yaml import YAMLError  # type: ignore[import-untyped]
-
     card = source / "README.md"
     if not card.is_file():
         return {}
     try:
-        return metadata_load(card) or {}
-    except (OSError, ValueError, YAMLError) as error:
-        raise ConvertError(
-            f"the head of {card} cannot be read, mend or remove it: {error}"
-        ) from None
+        head = FRONT_MATTER.match(card.read_text(encoding="utf-8-sig"))
+        data = yaml.safe_load(head[1]) if head is not None else {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConvertError(f"the head of {card} cannot be read, mend it: {error}") from None
+    return data if isinstance(data, dict) else {}
 
 
 def add_report(folder: Path, table: str) -> None:

@@ -39,9 +39,22 @@ V5 = FIXTURES / "v5"
 def compared(tmp_path_factory):
     """Folders of v5 as it is, in 4 and in 8 bits, and what the report says about them."""
     folder = tmp_path_factory.mktemp("compared")
+    with pytest.MonkeyPatch.context() as patch:
+        few(patch)
+        return folder, _compared(folder)
+
+
+def few(patch):
+    """Fewer samples: the first two images and two texts."""
+    images, texts = list(made_images())[:2], TEXTS[:2]
+    patch.setattr(module, "made_images", lambda: iter(images))
+    patch.setattr(module, "TEXTS", texts)
+
+
+def _compared(folder):
     convert(V5, folder / "four", Quantization(bits=4, **SMALL))
     convert(V5, folder / "eight", Quantization(bits=8, **SMALL))
-    return folder, report(V5, [FIXTURES / "mlx", folder / "four", folder / "eight"])
+    return report(V5, [FIXTURES / "mlx", folder / "four", folder / "eight"])
 
 
 def test_equal_models(compared):
@@ -62,7 +75,7 @@ def test_numbers_are_those_of_a_direct_computation(compared):
     right, processor = mlx_lfm2vl.load(V5, dtype="float32")
     other, _ = mlx_lfm2vl.load(folder / "four", dtype="float32")
     divergences, agree = [], []
-    for image in made_images():
+    for image in list(made_images())[:2]:
         prompt = processor(QUESTION, image)
         steps = stream_generate(right, processor, prompt, temperature=0, max_tokens=GREEDY_TOKENS)
         answer = [step.token for step in steps]
@@ -72,7 +85,7 @@ def test_numbers_are_those_of_a_direct_computation(compared):
             # one token after the other, through the cache
             cache, x, found = model.make_cache(), model.embed(prompt.token_ids, features), []
             for token in answer:
-                found.append(model(inputs_embeds=x, past_key_values=cache).logits[0, -1])
+                found.append(model(inputs_embeds=x, cache=cache).logits[0, -1])
                 x = model.language_model.embed(mx.array([[token]]))
             logits.append(np.array(mx.stack(found), np.float64))
         p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logits)
@@ -90,7 +103,7 @@ def test_texts_are_scored_apart(compared):
     ids_of = mlx_lfm2vl.load(V5)[1].tokenizer.encode
     right, other = (mlx_lfm2vl.load(f, dtype="float32")[0] for f in (V5, compared[0] / "four"))
     divergences = []
-    for text in TEXTS:
+    for text in TEXTS[:2]:
         ids = mx.array([ids_of(text, add_special_tokens=True)])
         p, q = (np.asarray(model(ids).logits[0, :-1], np.float64) for model in (right, other))
         p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
@@ -98,7 +111,8 @@ def test_texts_are_scored_apart(compared):
     assert compared[1][1].text_mean_kl == pytest.approx(np.mean(divergences), rel=1e-3)
 
 
-def test_a_worse_vision_tower_shows_after_images_only(tmp_path):
+def test_a_worse_vision_tower_shows_after_images_only(tmp_path, monkeypatch):
+    few(monkeypatch)
     convert(FIXTURES / "wide", tmp_path / "tower", Quantization(
         group_size=32, recipe=str(_patterns(tmp_path, {"vision_tower.*": 2, "*": False}))
     ))  # fmt: skip
@@ -124,6 +138,16 @@ def test_answers_end_at_their_end_token(monkeypatch):
     answers = [module._answer(model, prompt, None, (7,)) for _ in range(4)]
     assert answers == [[5, 6, 7], [5, 6, 7], [5, 6, 6], [5]]
     assert [first_difference(answers[0], other) for other in answers[1:]] == [None, 2, 1]
+
+
+def test_built_in_samples():
+    """Shapes, a word, and an image that is tiled; texts in several languages and forms."""
+    chosen = samples(None)
+    _, processor = mlx_lfm2vl.load(V5)
+    views = [len(processor(talk).spatial_shapes) for talk in chosen.conversations]
+    assert len(views) == 3
+    assert max(views) > 5
+    assert chosen.texts == list(TEXTS)
 
 
 def test_small_parts():

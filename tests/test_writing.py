@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -159,33 +161,47 @@ def killable(tmp_path_factory):
     return FIXTURES / "wide", folder / "adapters"
 
 
-@pytest.mark.parametrize("command", ["convert", "fuse"])
-def test_killed_twenty_times(command, killable, tmp_path):
+def killed(command: str, arguments: list[str], out: Path, delay: float) -> None:
+    """Runs a command over and over, and kills it a while after its start."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOOP, command, *arguments, str(out)],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_killed_twenty_times(killable, tmp_path):
     """The folder is there and complete each time; the next run removes what is left."""
-    pick = np.random.default_rng(3)
-    out = tmp_path / "out"
-    left = complete = 0
-    for n in range(20):
-        process = subprocess.Popen(
-            [sys.executable, "-c", LOOP, command, *map(str, killable), str(out)],
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(pick.uniform(0.0, 0.25))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert out.exists() or complete == 0, f"kill {n} lost what was there"
-        if out.exists():
-            complete += 1
-            open_checkpoint(out)
-        left += bool(workspaces(tmp_path))
-        assert len(workspaces(tmp_path)) <= 1, "the next run left what it found"
-    assert left > 5, "it was never killed in the middle"
-    assert complete > 5
-    convert(V5, tmp_path / "elsewhere")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
+    arguments = [str(path) for path in killable]
+    left, complete = Counter(), Counter()
+
+    def kill(command: str) -> None:
+        folder = tmp_path / command
+        for delay in np.random.default_rng(len(command)).uniform(0.0, 0.18, 20):
+            killed(command, arguments, folder / "out", delay)
+            there = (folder / "out").exists()
+            assert there or complete[command] == 0, f"{command} lost what was there"
+            if there:
+                open_checkpoint(folder / "out")
+                complete[command] += 1
+            assert len(workspaces(folder)) <= 1, "the next run left what it found"
+            left[command] += len(workspaces(folder))
+
+    for command in ("convert", "fuse"):
+        (tmp_path / command).mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(kill, ("convert", "fuse")))
+    for command in ("convert", "fuse"):
+        folder = tmp_path / command
+        assert left[command] > 5, "it was never killed in the middle"
+        assert complete[command] > 5
+        convert(V5, folder / "elsewhere")
+        assert sorted(path.name for path in folder.iterdir()) == ["elsewhere", "out"]
 
 
 @pytest.fixture
@@ -355,14 +371,14 @@ def _mutate(data: object, rng: np.random.Generator) -> object:
 
 
 def test_odd_indices_and_quantizations(tmp_path, capsys):
-    """An answer or one line, and no file of the user's changed; 150 cases."""
+    """An answer or one line, and no file of the user's changed; 100 cases."""
     rng = np.random.default_rng(11)
     shards = tmp_path / "shards"
     shutil.copytree(FIXTURES / "noprefix", shards, ignore=shutil.ignore_patterns("cases"))
     packed = tmp_path / "packed"
     convert(V5, packed, Quantization(group_size=32, recipe="lfm2_4bit"))
     outcomes = {0: 0, 2: 0}
-    for n in range(150):
+    for n in range(100):
         folder, file = [(shards, writing.INDEX), (packed, "config.json")][n % 2]
         whole = (folder / file).read_text()
         data = json.loads(whole)

@@ -315,7 +315,7 @@ def _scores(right: list[mx.array], other: list[mx.array]) -> tuple[float, float,
     agree = mx.concatenate([mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1) for p, q in pairs])
     ordered = cast("list[float]", mx.sort(divergences).tolist())
     return (
-        _number(agree.astype(mx.float32).mean()),
+        _number(agree.sum()) / agree.size,
         _number(divergences.mean()),
         ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
     )

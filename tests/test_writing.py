@@ -142,14 +142,15 @@ import itertools, sys
 from pathlib import Path
 from mlx_lfm2vl import convert, fuse
 source, adapters, out = map(Path, sys.argv[2:])
-# the first answer of a process takes longest: all modules are read
-import mlx_lfm2vl.conversion.fuse, yaml
-print("ready", flush=True)
+def ready(done, count):
+    if done == 1:
+        print("in the middle", flush=True)
 for dtype in itertools.cycle(["float32", "bfloat16"]):
+    options = {"dtype": dtype, "force": True, "progress": ready}
     if sys.argv[1] == "convert":
-        convert(source, out, dtype=dtype, force=True)
+        convert(source, out, **options)
     else:
-        fuse(source, adapters, out, dtype=dtype, force=True)
+        fuse(source, adapters, out, **options)
 """
 
 
@@ -162,7 +163,7 @@ def killable(tmp_path_factory):
 
 
 def killed(command: str, arguments: list[str], out: Path, delay: float) -> None:
-    """Runs a command over and over, and kills it a while after its start."""
+    """Runs a command over and over, and kills it a while after its first tensor."""
     process = subprocess.Popen(
         [sys.executable, "-c", LOOP, command, *arguments, str(out)],
         stdout=subprocess.PIPE,
@@ -178,30 +179,25 @@ def killed(command: str, arguments: list[str], out: Path, delay: float) -> None:
 def test_killed_twenty_times(killable, tmp_path):
     """The folder is there and complete each time; the next run removes what is left."""
     arguments = [str(path) for path in killable]
-    left, complete = Counter(), Counter()
+    left = Counter()
 
     def kill(command: str) -> None:
         folder = tmp_path / command
-        for delay in np.random.default_rng(len(command)).uniform(0.0, 0.18, 20):
+        for delay in np.random.default_rng(len(command)).uniform(0.0, 0.15, 20):
             killed(command, arguments, folder / "out", delay)
-            there = (folder / "out").exists()
-            assert there or complete[command] == 0, f"{command} lost what was there"
-            if there:
-                open_checkpoint(folder / "out")
-                complete[command] += 1
+            open_checkpoint(folder / "out")
             assert len(workspaces(folder)) <= 1, "the next run left what it found"
             left[command] += len(workspaces(folder))
 
     for command in ("convert", "fuse"):
-        (tmp_path / command).mkdir()
+        convert(FIXTURES / "wide", tmp_path / command / "out")
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(kill, ("convert", "fuse")))
     for command in ("convert", "fuse"):
-        folder = tmp_path / command
         assert left[command] > 5, "it was never killed in the middle"
-        assert complete[command] > 5
-        convert(V5, folder / "elsewhere")
-        assert sorted(path.name for path in folder.iterdir()) == ["elsewhere", "out"]
+        convert(V5, tmp_path / command / "elsewhere")
+        names = sorted(path.name for path in (tmp_path / command).iterdir())
+        assert names == ["elsewhere", "out"]
 
 
 @pytest.fixture
@@ -220,7 +216,7 @@ from mlx_lfm2vl.checkpoints import writing
 writing._exchange = lambda one, other: False
 rename = Path.rename
 def killing(self, target):
-    if self.name == "new":
+    if writing.WORKSPACE in self.parent.name:
         os.kill(os.getpid(), signal.SIGKILL)
     return rename(self, target)
 Path.rename = killing
@@ -239,12 +235,13 @@ convert(sys.argv[1], sys.argv[2], force=True)
     assert workspaces(tmp_path) == []
 
 
-def test_a_disk_that_cannot_swap(without_exchange, tmp_path):
-    out = tmp_path / "out"
+@pytest.mark.parametrize("name", ["out", "old", "x" * 255])
+def test_a_disk_that_cannot_swap(name, without_exchange, tmp_path):
+    out = tmp_path / name
     convert(V5, out)
     convert(V5, out, dtype="bfloat16", force=True)
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_workspaces_of_living_processes_stay(tmp_path):
@@ -262,7 +259,7 @@ with complete_folder(Path({str(tmp_path)!r}) / "slow", 0) as folder:
     )
     assert process.stdout is not None
     process.stdout.readline()
-    foreign = tmp_path / f"{WORKSPACE}link"
+    foreign = tmp_path / f".x{WORKSPACE}link"
     foreign.symlink_to(V5)
     convert(V5, tmp_path / "out")
     assert len(workspaces(tmp_path)) == 2

@@ -28,7 +28,8 @@ from ..models.config import MODEL_TYPES
 from .weights import INDEX, SINGLE
 
 MAX_SHARD_BYTES = 5 << 30
-WORKSPACE = ".mlx-lfm2vl-"
+WORKSPACE = ".mlx-lfm2vl-"  # in the name of every workspace, after that of the target
+REPLACED = f"{WORKSPACE}replaced"  # a folder in it, where no swap is possible
 TRAINING_STATE = "training_state.json"  # beside the weights of a checkpoint that `train` wrote
 COPIED_FILES = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "LICENSE*", "NOTICE*")  # fmt: skip # noqa: E501
 NOT_COPIED = ("config.json", "generation_config.json", INDEX, TRAINING_STATE)
@@ -57,7 +58,7 @@ def complete_file(target: Path, error: type[Lfm2VlError] = OutputError) -> Itera
     Raises:
         OutputError, or the given kind: the system refuses to write there.
     """
-    with _told(target, error), _workspace(target.parent) as folder:
+    with _told(target, error), _workspace(target) as folder:
         yield folder / target.name
         os.replace(folder / target.name, target)
 
@@ -71,18 +72,18 @@ def complete_folder(target: Path, nbytes: int) -> Iterator[Path]:
     Raises:
         ConvertError: fewer than `nbytes` are free, or the system refuses to write there.
     """
-    with _told(target, ConvertError), _workspace(target.parent) as workspace:
+    with _told(target, ConvertError), _workspace(target) as workspace:
         free = shutil.disk_usage(target.parent).free
         if nbytes > free:
             raise ConvertError(
                 f"{target} needs {nbytes / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free"
             )
-        new = workspace / "new"
+        new = workspace / target.name
         new.mkdir()
         yield new
         if target.exists() and not _exchange(new, target):
-            (workspace / "old").mkdir()
-            target.rename(workspace / "old" / target.name)
+            (workspace / REPLACED).mkdir()
+            target.rename(workspace / REPLACED / target.name)
         if new.exists() and not target.exists():
             new.rename(target)
 
@@ -98,10 +99,11 @@ def _told(target: Path, kind: type[Lfm2VlError]) -> Iterator[None]:
 
 
 @contextmanager
-def _workspace(parent: Path) -> Iterator[Path]:
+def _workspace(target: Path) -> Iterator[Path]:
+    parent = target.parent
     parent.mkdir(parents=True, exist_ok=True)
     with _tidied(parent):
-        folder = Path(tempfile.mkdtemp(prefix=WORKSPACE, dir=parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}{WORKSPACE}", dir=parent))
         lock = _lock(folder, wait=True)
     try:
         yield folder
@@ -120,7 +122,7 @@ def remove_leftovers(parent: Path) -> None:
 def _tidied(parent: Path) -> Iterator[None]:
     door = _lock(parent, wait=True)  # nobody may take a workspace for dead before it is locked
     try:
-        for folder in parent.glob(f"{WORKSPACE}*"):
+        for folder in parent.glob(f".*{WORKSPACE}*"):
             lock = _lock(folder, wait=False)
             if lock is not None:
                 _clear(folder)
@@ -131,7 +133,7 @@ def _tidied(parent: Path) -> Iterator[None]:
 
 
 def _clear(workspace: Path) -> None:
-    for replaced in (workspace / "old").glob("*"):
+    for replaced in (workspace / REPLACED).glob("*"):
         target = workspace.parent / replaced.name
         if not os.path.lexists(target):
             replaced.rename(target)

@@ -193,21 +193,26 @@ def apply_adapters(model: nn.Module, folder: str | Path) -> None:
         TrainError: an update for a module that the model lacks, or of another shape.
     """
     adapters = read_adapters(folder)
+    check_adapters(adapters, model, folder)
+    model.load_weights(list(adapters.weights.items()), strict=False)
     modules = dict(model.named_modules())
-    if adapters.weights:
-        known = {name: array.shape for name, array in tree_flatten(model.parameters())}
-        for name, tensor in adapters.weights.items():
-            if known.get(name) != tensor.shape:
-                raise TrainError(f"{folder}: {name} of shape {tensor.shape} fits no weight")
-        model.load_weights(list(adapters.weights.items()), strict=False)
-    adapted = []
-    for name, update in adapters.updates.items():
-        linear = modules.get(name)
-        check_fit(linear, name, update, folder)
-        assert linear is not None
-        adapted.append((name, AdaptedLinear(linear, update, adapters.scale)))
+    adapted = [
+        (name, AdaptedLinear(modules[name], update, adapters.scale))
+        for name, update in adapters.updates.items()
+    ]
     model.update_modules(tree_unflatten(adapted))
     model.eval()
+
+
+def check_adapters(adapters: Adapters, model: nn.Module, folder: str | Path) -> None:
+    """Raises a TrainError if an update or a whole weight does not belong to a model."""
+    known = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    for name, tensor in adapters.weights.items():
+        if known.get(name) != tensor.shape:
+            raise TrainError(f"{folder}: {name} of shape {tensor.shape} fits no weight")
+    modules = dict(model.named_modules())
+    for name, update in adapters.updates.items():
+        check_fit(modules.get(name), name, update, folder)
 
 
 def check_fit(linear: nn.Module | None, name: str, update: Update, folder: str | Path) -> None:

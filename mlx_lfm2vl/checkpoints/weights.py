@@ -212,8 +212,10 @@ def quantization_of(module: nn.Module) -> dict[str, Any] | None:
     return {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
 
 
-def dequantized(parts: Mapping[str, mx.array], settings: Mapping[str, Any]) -> mx.array:
-    """The float32 weight of a quantized map, computed in float32.
+def dequantized(
+    parts: Mapping[str, mx.array], settings: Mapping[str, Any], dtype: mx.Dtype = mx.float32
+) -> mx.array:
+    """The weight of a quantized map, computed in a floating-point type.
 
     Args:
         parts: its `PACKED` arrays.
@@ -221,8 +223,8 @@ def dequantized(parts: Mapping[str, mx.array], settings: Mapping[str, Any]) -> m
     """
     scales, biases = parts["scales"], parts.get("biases")
     if biases is not None:
-        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    return mx.dequantize(parts["weight"], scales, biases, **settings, dtype=mx.float32)
+        scales, biases = scales.astype(dtype), biases.astype(dtype)
+    return mx.dequantize(parts["weight"], scales, biases, **settings, dtype=dtype)
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, mx.array]) -> None:

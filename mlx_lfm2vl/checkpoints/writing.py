@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -169,12 +169,8 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename is not None and bool(rename(here, paths[0], here, paths[1], swap) == 0)
 
 
-def free_target(path: str | Path, force: bool, sources: Iterable[Path] = ()) -> Path:
-    """The folder to write.
-
-    Args:
-        force: replace a model folder that is there.
-        sources: folders that are read, and must outlive that.
+def free_target(path: str | Path, force: bool) -> Path:
+    """The folder to write; with `force`, a model folder that is there may be replaced.
 
     Raises:
         ConvertError: it is there and may not be replaced, or is no possible path.
@@ -186,17 +182,23 @@ def free_target(path: str | Path, force: bool, sources: Iterable[Path] = ()) -> 
         if not target.exists():
             return target
     except (OSError, RuntimeError, ValueError) as error:
-        raise ConvertError(f"{path!r} is no folder that can be written: {error}") from None
+        raise ConvertError(f"{str(path)!r} is no folder to be written: {error}") from None
     if not target.is_dir():
         raise ConvertError(f"{target} is a file; give another folder")
     if not force:
         raise ConvertError(f"{target} is there already; give another folder, or --force")
+    _check_model_folder(target)
+    return target
+
+
+def spare(target: Path, *sources: Path) -> None:
+    """Raises a ConvertError if replacing a folder would remove something that is read."""
+    if not target.exists():
+        return
     for source in sources:
         for read in (source, *source.iterdir()):
             if read.resolve().is_relative_to(target):
                 raise ConvertError(f"{target} holds {read}, which is read; give another folder")
-    _check_model_folder(target)
-    return target
 
 
 def _check_model_folder(target: Path) -> None:

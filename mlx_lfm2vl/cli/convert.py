@@ -102,16 +102,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _convert(args: argparse.Namespace) -> None:
     from ..checkpoints.hub import resolve_model
-    from ..checkpoints.writing import free_target
+    from ..checkpoints.writing import free_target, spare
     from ..conversion.plan import make_plan, write_plan
 
     quantization = _quantization(args)
     if args.dry_run and (args.report or args.upload_repo is not None):
         raise ConvertError("--dry-run writes nothing to compare or upload")
+    target = Path(args.mlx_path) if args.dry_run else free_target(args.mlx_path, args.force)
     source = resolve_model(args.hf_path, args.revision)
-    target = Path(args.mlx_path)
     if not args.dry_run:
-        target = free_target(target, args.force, [source])
+        spare(target, source)
     plan = make_plan(
         source,
         quantization,

@@ -54,22 +54,19 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from ..conversion.fuse import plan_fusion, told_loss
-    from ..conversion.plan import write_plan
+    from ..conversion.fuse import fuse
 
-    plan, target = plan_fusion(
-        args.model,
-        args.adapter_path,
-        args.save_path,
-        dtype=args.dtype,
-        dequantize=args.dequantize,
-        to_hf=args.to_hf,
-        revision=args.revision,
-        force=args.force,
-    )
-    told = told_loss(plan)
-    if told:
-        sys.stdout.write(f"{told}\n")
     with progress_bar() as progress:
-        write_plan(plan, target, progress, told)
+        target = fuse(
+            args.model,
+            args.adapter_path,
+            args.save_path,
+            dtype=args.dtype,
+            dequantize=args.dequantize,
+            to_hf=args.to_hf,
+            revision=args.revision,
+            force=args.force,
+            progress=progress,
+            tell=lambda text: sys.stdout.write(f"{text}\n"),
+        )
     sys.stdout.write(f"wrote {target}\n")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
 
-from ..checkpoints.adapters import base_model, check_fit, read_adapters
+from ..checkpoints.adapters import base_model, check_adapters, read_adapters
 from ..checkpoints.hub import resolve_model
 from ..checkpoints.weights import PACKED, dequantized, open_checkpoint
-from ..checkpoints.writing import free_target
-from ..errors import TrainError
+from ..checkpoints.writing import free_target, spare
 from .plan import Plan, Progress, make_plan, write_plan
 
 
@@ -27,6 +27,7 @@ def fuse(
     revision: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    tell: Callable[[str], object] | None = None,
 ) -> Path:
     """Writes a model folder in which the adapters are part of the weights.
 
@@ -39,52 +40,28 @@ def fuse(
             with few bits loses much of the adapters, see `rounding_loss`.
         to_hf: in the layout of transformers.
         revision, force, progress: as in `convert`.
+        tell: called with what quantization means for the result, if the base is quantized.
 
     Raises:
         TrainError: the adapters do not fit the model, or name none.
         ConvertError: as `convert`.
     """
-    plan, target = plan_fusion(
-        model,
-        adapter_path,
-        save_path,
-        dtype=dtype,
-        dequantize=dequantize,
-        to_hf=to_hf,
-        revision=revision,
-        force=force,
-    )
-    write_plan(plan, target, progress, told_loss(plan))
-    return target
-
-
-def plan_fusion(
-    model: str | Path | None,
-    adapter_path: str | Path,
-    save_path: str | Path,
-    *,
-    dtype: str | None,
-    dequantize: bool | None,
-    to_hf: bool,
-    revision: str | None,
-    force: bool,
-) -> tuple[Plan, Path]:
-    """What `fuse` will write, and where; arguments and errors are the same."""
     origin = base_model(adapter_path) if model is None else str(model)
+    target = free_target(save_path, force)
     source = resolve_model(origin, revision)
-    target = free_target(save_path, force, [source, Path(adapter_path).expanduser()])
-    adapters = read_adapters(adapter_path)
+    spare(target, source, Path(adapter_path).expanduser())
     network, weights = open_checkpoint(source)
     if dequantize is None:
         dequantize = any(name.endswith(".scales") for name in weights)
     plan = make_plan(source, None, dtype=dtype, dequantize=dequantize, to_hf=to_hf, origin=origin)
-    for name, tensor in adapters.weights.items():
-        if name not in weights or weights[name].shape != tensor.shape:
-            raise TrainError(f"{adapter_path}: {name} of shape {tensor.shape} fits no weight")
-    modules = dict(network.named_modules())
-    for name, update in adapters.updates.items():
-        check_fit(modules.get(name), name, update, adapter_path)
-    return replace(plan, adapters=adapters, adapter_path=adapter_path), target
+    adapters = read_adapters(adapter_path)
+    check_adapters(adapters, network, adapter_path)
+    plan = replace(plan, adapters=adapters, adapter_path=adapter_path)
+    told = told_loss(plan)
+    if tell is not None and told:
+        tell(told)
+    write_plan(plan, target, progress, told)
+    return target
 
 
 def rounding_loss(plan: Plan) -> float:

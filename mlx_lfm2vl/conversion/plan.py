@@ -36,6 +36,7 @@ from ..checkpoints.writing import (
     free_target,
     name_shards,
     save_arrays,
+    spare,
     write_json,
 )
 from ..errors import ConfigError, ConvertError
@@ -81,8 +82,9 @@ def convert(
         ConvertError: the output is there, is too large for the disk, or the source cannot be
             converted like this.
     """
+    target = free_target(mlx_path, force)
     source = resolve_model(hf_path, revision)
-    target = free_target(mlx_path, force, [source])
+    spare(target, source)
     plan = make_plan(
         source,
         quantization,
@@ -137,12 +139,8 @@ class Plan:
             parts = {k: weights.pop(f"{path}.{k}") for k in kinds}
             if "weight" in parts:
                 parts = self._weight(path, parts)
-            while parts:
-                kind, tensor = next(iter(parts.items()))
-                del parts[kind]
-                if self.dtype is not None and mx.issubdtype(tensor.dtype, mx.floating):
-                    tensor = tensor.astype(self.dtype)
-                yield self._laid_out(f"{path}.{kind}", tensor)
+            for kind in list(parts):  # nothing else may hold what was read, or memory grows
+                yield self._laid_out(f"{path}.{kind}", parts.pop(kind))
 
     def read(self) -> dict[str, mx.array]:
         """The tensors of the source by the names of its modules, lazily."""
@@ -154,32 +152,40 @@ class Plan:
         return weights
 
     def merged(self, path: str, parts: Mapping[str, mx.array]) -> mx.array:
-        """The float32 weight of a module with its update, if it has one."""
+        """The weight of a module with its update; in float32 if there is one, or if `dtype` is."""
         before, update = self.before.get(path), self.adapters.updates.get(path)
-        weight = (
-            parts["weight"].astype(mx.float32) if before is None else dequantized(parts, before)
-        )
-        return weight if update is None else merged_weight(weight, update, self.adapters.scale)
+        weight = parts["weight"]
+        if before is not None:
+            exact = update is not None or self.dtype is not None
+            weight = dequantized(parts, before, mx.float32 if exact else self._stored(path, parts))
+        if update is None:
+            return weight
+        return merged_weight(weight.astype(mx.float32), update, self.adapters.scale)
 
     def _weight(self, path: str, parts: dict[str, mx.array]) -> dict[str, mx.array]:
         """A weight, packed or not, in the form in which it is written."""
         before, after = self.before.get(path), self.after.get(path)
         if before == after and path not in self.adapters.updates:
             return parts
-        if before is None:
-            stored = parts["weight"].dtype
-        else:  # the scales of the small floating-point modes are bytes
-            stored = parts["scales"].dtype if "biases" in parts else self._float_type()
-        weight = self.merged(path, parts).astype(self.dtype or stored)
+        weight = self.merged(path, parts).astype(self.dtype or self._stored(path, parts))
         if after is None:
             return {"weight": weight}
         packed = mx.quantize(weight, after["group_size"], after["bits"], mode=after["mode"])
         return dict(zip(PACKED, packed, strict=False))  # those modes have no biases
 
-    def _float_type(self) -> mx.Dtype:
+    def _stored(self, path: str, parts: Mapping[str, mx.array]) -> mx.Dtype:
+        """The floating-point type of a module in the source."""
+        if path not in self.before:
+            return parts["weight"].dtype
+        if "biases" in parts:
+            return parts["scales"].dtype
+        # the scales of the small floating-point modes are bytes
         return DTYPES.get(self.model_config.dtype, mx.bfloat16)
 
     def _laid_out(self, name: str, tensor: mx.array) -> tuple[str, mx.array]:
+        """The tensor in its type and layout, with its name there."""
+        if self.dtype is not None and mx.issubdtype(tensor.dtype, mx.floating):
+            tensor = tensor.astype(self.dtype)
         if self.hf_names is None:
             return name, mx.contiguous(tensor)
         if name.endswith("conv.conv.weight"):

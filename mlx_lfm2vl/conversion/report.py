@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from ..checkpoints.hub import resolve_model
 from ..checkpoints.loading import load
-from ..checkpoints.weights import open_checkpoint, read_arrays, weight_files
+from ..checkpoints.weights import weight_files
 from ..checkpoints.writing import complete_file
 from ..errors import ConvertError, DataError
 from ..generation.generate import generate_step
@@ -339,24 +339,18 @@ def first_difference(a: list[int], b: list[int]) -> int | None:
 
 def bits_per_weight(folder: Path) -> dict[str, float]:
     """Stored bits for each parameter, by component and of all."""
-    _, weights = open_checkpoint(folder)
-    stored: Counter[str] = Counter()
-    for file in weight_files(folder):
-        for name, tensor in read_arrays(file).items():
-            stored[_component(name)] += 8 * tensor.nbytes
     plan = make_plan(folder, None)
+    stored: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    for name, tensor in weights.items():
+    for name, tensor in plan.read().items():
+        stored[_component(name)] += 8 * tensor.nbytes
         counts[_component(name)] += parameters_of(name, tensor, plan.before)
     bits = {part: stored[part] / counts[part] for part in COMPONENTS}
     return {**bits, "all": stored.total() / counts.total()}
 
 
 def _component(name: str) -> str:
-    for part, prefix in COMPONENTS.items():
-        if prefix in name:
-            return part
-    return "language model"  # lm_head stands alone in the transformers layout
+    return next(part for part, prefix in COMPONENTS.items() if name.startswith(prefix))
 
 
 def _number(array: mx.array) -> float:

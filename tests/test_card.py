@@ -163,7 +163,7 @@ def test_refused_uploads(tmp_path, monkeypatch):
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
-    for error in (LocalTokenNotFoundError("no token\nat all"), HFValidationError("bad"), OSError()):
+    for error in (LocalTokenNotFoundError("no\ntoken"), HFValidationError("bad"), OSError()):
 
         def refuse(self, error=error, **options):
             raise error
@@ -172,6 +172,17 @@ def test_refused_uploads(tmp_path, monkeypatch):
         with pytest.raises(ConvertError, match="could not be uploaded to a/b") as info:
             module.upload(tmp_path, "a/b")
         assert "\n" not in str(info.value)
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path, monkeypatch):
+    from functools import partial
+
+    import huggingface_hub
+
+    api = partial(huggingface_hub.HfApi, endpoint="http://127.0.0.1:9", token="hf_x")
+    monkeypatch.setattr(huggingface_hub, "HfApi", api)
+    with pytest.raises(ConvertError, match="could not be uploaded to a/b"):
+        module.upload(tmp_path, "a/b")
 
 
 def test_the_report_joins_the_card(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml  # type: ignore[import-untyped]
 
@@ -82,7 +82,9 @@ def upload(folder: Path, repository: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    refused = (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError)
+    # its second class is the error of whichever HTTP library the Hub's client goes through
+    transport = cast("type[Exception]", HfHubHTTPError.__mro__[1])
+    refused = (transport, HFValidationError, LocalTokenNotFoundError, OSError)
     try:
         api = HfApi()
         api.create_repo(repo_id=repository, exist_ok=True)

@@ -22,7 +22,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelNotFoundError(
             f"{path} does not exist; a model folder needs {path.name}"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # numbers of 5000 digits, 10⁵ brackets
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a JSON {type(data).__name__}; it must be an object")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..errors import ModelNotFoundError
 
-# What a model folder needs; weights in other formats and sample pictures stay on the server
-MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+# What a model folder needs, and its licence; other formats and sample pictures stay on the server
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md", "LICENSE*")
 REPOSITORY_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 # The small model that comes with this package; a folder of that name in use wins

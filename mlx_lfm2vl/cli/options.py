@@ -6,10 +6,8 @@ import argparse
 import os
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import TypeVar
 
-from ..errors import TrainError
 from ..options import DEFAULT_MAX_TOKENS
 
 T = TypeVar("T")
@@ -112,22 +110,6 @@ def model_from(args: argparse.Namespace) -> str:
         return str(args.model)
     base = None if args.adapter_path is None else adapter_base_model(args.adapter_path)
     return DEFAULT_MODEL if base is None else base
-
-
-def adapter_base_model(folder: str | Path) -> str | None:
-    """The model that adapters were trained on, as their adapter_config.json names it."""
-    from ..checkpoints.adapters import ADAPTER_CONFIG
-    from ..files import read_json
-
-    file = Path(folder) / ADAPTER_CONFIG
-    if not file.is_file():
-        raise TrainError(
-            f"{folder} has no {ADAPTER_CONFIG}; --adapter-path is a folder of adapters"
-        )
-    base = read_json(file).get("model")
-    if base is not None and not isinstance(base, str):
-        raise TrainError(f"{file}: model is {base!r}; it must be a name or a folder")
-    return base
 
 
 def add_images(

@@ -108,7 +108,11 @@ def model_from(args: argparse.Namespace) -> str:
     """The model of `add_model`, or of the adapters of `add_adapters`."""
     if args.model is not None:
         return str(args.model)
-    base = None if args.adapter_path is None else adapter_base_model(args.adapter_path)
+    base, adapters = None, getattr(args, "adapter_path", None)
+    if adapters is not None:
+        from ..checkpoints.adapters import adapter_base_model
+
+        base = adapter_base_model(adapters)
     return DEFAULT_MODEL if base is None else base
 
 

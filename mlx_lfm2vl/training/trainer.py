@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARTS, add_adapters
 from ..checkpoints.weights import check_file, read_weights
-from ..checkpoints.writing import TRAINING_STATE, _write_json, complete_folder
+from ..checkpoints.writing import TRAINING_STATE, complete_folder, write_json
 from ..conversion.plan import make_plan, write_files, write_weights
 from ..errors import TrainError
 from ..files import read_json
@@ -221,7 +221,7 @@ class Trainer:
         with writing(target), complete_folder(target, nbytes) as folder:
             mx.save_safetensors(str(folder / STATE_ARRAYS), state)
             description = {**self._description(), "reports": [asdict(one) for one in reports]}
-            _write_json(folder / TRAINING_STATE, description)
+            write_json(folder / TRAINING_STATE, description)
             write_result(self.model, self.adapter_config, folder, source)
         for old in checkpoints(output)[:-keep]:
             with writing(old):
@@ -360,7 +360,7 @@ def write_result(
         learned = dict(tree_flatten(model.trainable_parameters(), destination={}))
         mx.save_safetensors(str(folder / ADAPTER_WEIGHTS), learned, {"format": "mlx"})
         base = {"model": os.path.abspath(source)}
-        _write_json(folder / ADAPTER_CONFIG, {**base, **adapter_config})
+        write_json(folder / ADAPTER_CONFIG, {**base, **adapter_config})
         return
     plan = make_plan(source, None)
     plan.weights = dict(tree_flatten(model.parameters(), destination={}))

@@ -189,6 +189,7 @@ def test_the_model_of_the_adapters(tmp_path):
     args = Namespace(model=None, adapter_path=None)
     assert model_from(args) == DEFAULT_MODEL
     args.adapter_path = str(tmp_path)
+    (tmp_path / "adapters.safetensors").touch()
     (tmp_path / "adapter_config.json").write_text('{"model": "somebody/tuned"}')
     assert model_from(args) == "somebody/tuned"
     args.model = "other"
@@ -201,6 +202,7 @@ def test_the_model_of_the_adapters(tmp_path):
     ("content", "told"), [(None, "has no adapter_config.json"), ('{"model": 3}', "model is 3")]
 )
 def test_adapters_that_name_no_model(content, told, tmp_path, outcome):
+    (tmp_path / "adapters.safetensors").touch()
     if content is not None:
         (tmp_path / "adapter_config.json").write_text(content)
     arguments = ["--adapter-path", str(tmp_path), "-p", "Hi"]

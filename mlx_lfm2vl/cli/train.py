@@ -166,7 +166,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if args.config is not None:
             args = parser.parse_args([*config_flags(parser, args.config), *argv])
     except argparse.ArgumentError as error:
-        raise TrainError(str(error)) from None
+        parser.error(str(error))
     if args.data is None:
         raise TrainError("--data is missing: a file of JSON lines, or its folder")
     return args

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..checkpoints.writing import complete_file, save_arrays
 from ..errors import SnapshotError
 from ..models.cache import KINDS, Cache, cache_nbytes
 from ..prompts.image_processor import ImageInput, ImageLayout, ProcessedImage
@@ -66,14 +66,10 @@ def write_session(
     data["images"] = [_describe(image) for image in images.values()]
     pixels = (image.pixel_values for image in images.values())
     arrays |= {f"image.{n}": mx.array(values) for n, values in enumerate(pixels)}
-    metadata = {**_header(model), "data": json.dumps(data)}
-    handle, temporary = tempfile.mkstemp(".safetensors", f".{path.name}.", path.parent)
-    os.close(handle)
-    try:
-        mx.save_safetensors(temporary, arrays, metadata)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with complete_file(path) as new:
+        written = new.with_suffix(".safetensors")  # MLX adds it to other names
+        save_arrays(written, arrays, {**_header(model), "data": json.dumps(data)})
+        os.replace(written, new)
 
 
 def read_session(path: Path, model: nn.Module) -> Contents:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,16 +131,16 @@ def test_a_resumed_run_is_the_same_bit_by_bit(name, trainer, tmp_path):
 
 
 def test_chance_continues_where_it_was(trainer, tmp_path):
-    whole = trainer(LORA)
+    whole = trainer(SMALL)
     take(whole, 2)
     seed = random_seed()
     checkpoint = whole.save(tmp_path, SOURCE)
     expected = take(whole, 1)
-    assert seed not in (0, LORA.seed)
+    assert seed not in (0, SMALL.seed)
     # without its random state a resumed run is another one
     state = checkpoint / "training_state.json"
     state.write_text(state.read_text().replace(str(seed), "1"))
-    second = trainer(LORA)
+    second = trainer(SMALL)
     second.resume(checkpoint)
     assert take(second, 1) != expected
 
@@ -226,7 +225,7 @@ def test_validation_counts_every_sample(samples, loaded):
     alone = [collate([sample], processor.image_processor) for sample in samples.samples]
     expected = sum(loss_sum(model, batch).item() for batch in alone)
     expected /= sum(len(batch.targets) for batch in alone)
-    for batch_size in (1, 2, 4, 100):
+    for batch_size in (2, 100):
         options = replace(LORA, batch_size=batch_size)
         found = validation_loss(model, processor, samples, options)
         assert found == pytest.approx(expected, rel=1e-5)
@@ -312,6 +311,7 @@ def test_a_run_from_end_to_end(run, data, tmp_path, monkeypatch):
     output = tmp_path / "out"
     lora = ("--fine-tune-type", "lora", "--train", "language,vision", "--seed", 3)
     arguments = ("--output", output, *lora, "--metric", f"{metric}:third", "--plot")
+    arguments = (*arguments, "--metric-samples", 1)
     code, said = run(*arguments)
     assert code == 0, said
     rows = log_of(output)
@@ -409,57 +409,6 @@ def test_the_log_goes_on_without_double_rows(run, undisturbed, data, tmp_path):
     assert "was made with batch_size 2, not 3; resume with the same settings" in said
 
 
-def wait_for(path, process):
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, "it never comes"
-        time.sleep(0.01)
-
-
-BLOCKED = """
-import sys, time
-from pathlib import Path
-from mlx_lfm2vl.cli import train as train_cli
-from mlx_lfm2vl.training import metrics
-from mlx_lfm2vl.training import run as run_module
-from mlx_lfm2vl.training import trainer as trainer_module
-from mlx_lfm2vl.training import trainer as train
-
-write = train.write_result
-
-def blocked(model, adapter_config, folder, source):
-    write(model, adapter_config, folder, source)
-    if "checkpoint-000004" in folder.name:
-        Path(sys.argv[1]).touch()
-        time.sleep(600)
-
-train.write_result = blocked
-train_cli.main(sys.argv[2:])
-"""
-
-
-def test_killed_while_saving(run, undisturbed, data, tmp_path):
-    output, mark = tmp_path / "out", tmp_path / "mark"
-    arguments = [str(part) for part in (mark, "--data", data, *FLAGS, "--output", output)]
-    with subprocess.Popen(
-        [sys.executable, "-c", BLOCKED, *arguments], stderr=subprocess.PIPE, text=True
-    ) as process:
-        wait_for(mark, process)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    hidden = [path for path in output.iterdir() if path.name.startswith(".checkpoint-000004.")]
-    assert len(hidden) == 1
-    assert [path.name for path in checkpoints(output)] == ["checkpoint-000002"]
-    load(output / "checkpoint-000002", dtype="float32", lazy=False)
-    code, said = run("--output", output, "--resume")
-    assert code == 0, said
-    assert "steps 3 to 6" in said
-    assert not hidden[0].exists()
-    assert same(result_of(output), result_of(undisturbed))
-    assert [row["loss"] for row in log_of(output)] == [row["loss"] for row in log_of(undisturbed)]
-
-
 def test_interrupted_and_resumed(run, undisturbed, tmp_path, monkeypatch):
     output, real = tmp_path / "out", trainer_module.step
 
@@ -502,7 +451,8 @@ def test_interrupted_while_validating(run, undisturbed, tmp_path, monkeypatch):
 def test_two_processes_are_one_with_twice_the_batch(run, data, tmp_path):
     # gradients go into SGD as they are, so that rounding stays rounding
     flags = ("--optimizer", "sgd", "--learning-rate", 0.1, "--data", data)
-    flags = (*flags, "--train", "language,projector,vision", "--iters", 2, "--batch-size")
+    flags = (*flags, "--train", "language,projector,vision", "--iters", 1)
+    flags = (*flags, "--save-every", 1, "--batch-size")
     one, two = tmp_path / "one", tmp_path / "two"
     launcher = [LAUNCH, "-n", "2", "--backend", "ring", "--"]
     launched = subprocess.run(
@@ -511,7 +461,7 @@ def test_two_processes_are_one_with_twice_the_batch(run, data, tmp_path):
     assert launched.returncode == 0, launched.stderr
     assert "Traceback" not in launched.stderr
     assert run(*flags, 4, "--output", one)[0] == 0
-    assert launched.stderr.count("step 2: loss") == 1  # one process reports
+    assert launched.stderr.count("step 1: loss") == 1  # one process reports
     rows, expected = log_of(two), log_of(one)
     for row, other in zip(rows, expected, strict=True):
         # rounded to five places; float32 sums in another order
@@ -521,12 +471,12 @@ def test_two_processes_are_one_with_twice_the_batch(run, data, tmp_path):
     ours, theirs = result_of(two), result_of(one)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        # two steps of float32 sums in another order
+        # float32 sums in another order
         assert np.abs(ours[name] - value).max() < 1e-5 * np.abs(value).max(), name
     start = {n: np.array(a) for n, a in mx.load(str(SOURCE / "model.safetensors")).items()}
     name = "multi_modal_projector.linear_2.weight"
     assert np.abs(theirs[name] - start[f"model.{name}"]).max() > 1e-3
-    assert [path.name for path in checkpoints(two)] == ["checkpoint-000002"]
+    assert [path.name for path in checkpoints(two)] == ["checkpoint-000001"]
     # the checkpoint of two is not for one
     code, said = run(*flags, 2, "--output", two, "--resume")
     assert code == 2

@@ -10,15 +10,16 @@ from dataclasses import fields
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
-from mlx_lfm2vl import TrainingOptions
+from mlx_lfm2vl import TrainingOptions, load, read_dataset
 from mlx_lfm2vl._version import __version__
 from mlx_lfm2vl.cli import train as train_cli
 from mlx_lfm2vl.cli.train import build_parser, main, parse
 from mlx_lfm2vl.training import metrics
 from mlx_lfm2vl.training.metrics import load_metric
 from mlx_lfm2vl.training.options import RunOptions
-from mlx_lfm2vl.training.trainer import checkpoints
+from mlx_lfm2vl.training.trainer import Trainer, checkpoints
 
 from .helpers import FLAGS, SOURCE, answer, log_of, make_data, result_of, same, user, write_lines
 from .test_startup import HEAVY, modules_after, run_module
@@ -401,14 +402,18 @@ def test_a_terminal_shows_the_time_left(run, tmp_path, monkeypatch):
     assert "step 6: loss" in terminal.text
 
 
-def test_weights_of_another_type_are_taken_as_those_that_learn(run, tmp_path):
-    flags = ("--model", SOURCE, "--iters", 1, "--train-parts", "projector")
-    assert run("--output", tmp_path / "first", *flags, flags=())[0] == 0
+def test_weights_of_another_type_are_taken_as_those_that_learn(data, loaded, tmp_path):
+    options = TrainingOptions(train=("projector",))
+    dataset = read_dataset(data / "valid.jsonl", loaded()[1], max_length=4096)
+    trainer = Trainer(load(SOURCE, dtype="float32")[0], loaded()[1], dataset, options)
     half = {
-        name: mx.array(value).astype(mx.float16)
-        for name, value in result_of(tmp_path / "first").items()
+        name: mx.ones(value.shape, mx.float16)
+        for name, value in tree_flatten(trainer.model.trainable_parameters())
     }
     mx.save_safetensors(str(tmp_path / "half.safetensors"), half)
-    more = ("--resume-adapter-file", tmp_path / "half.safetensors")
-    assert run("--output", tmp_path / "second", *flags, *more, flags=())[0] == 0
-    assert all(value.dtype == np.float32 for value in result_of(tmp_path / "second").values())
+    trainer.begin_with(tmp_path / "half.safetensors")
+    learning = dict(tree_flatten(trainer.model.trainable_parameters()))
+    assert learning.keys() == half.keys()
+    for value in learning.values():
+        assert value.dtype == mx.float32
+        assert (value == 1).all()

@@ -10,12 +10,15 @@ import time
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
+from mlx_lfm2vl import load
+from mlx_lfm2vl.cli.train import main
 from mlx_lfm2vl.training.run import LOG
 from mlx_lfm2vl.training.trainer import STATE_ARRAYS, checkpoints
 
 from .conftest import FIXTURES
-from .helpers import answer, user, write_lines
+from .helpers import FLAGS, answer, make_data, user, write_lines
 
 KILLS = 20
 STEPS = 31
@@ -94,3 +97,53 @@ def test_twenty_kills(tmp_path):
         check_end(output, whole)
         assert (output / NOTES).read_text() == "mine"
     assert moved > 2, "nearly all were killed before they did anything"
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "it never comes"
+        time.sleep(0.01)
+
+
+BLOCKED = """
+import sys, time
+from pathlib import Path
+from mlx_lfm2vl.cli import train as train_cli
+from mlx_lfm2vl.training import metrics
+from mlx_lfm2vl.training import run as run_module
+from mlx_lfm2vl.training import trainer as trainer_module
+from mlx_lfm2vl.training import trainer as train
+
+write = train.write_result
+
+def blocked(model, adapter_config, folder, source):
+    write(model, adapter_config, folder, source)
+    if "checkpoint-000004" in folder.name:
+        Path(sys.argv[1]).touch()
+        time.sleep(600)
+
+train.write_result = blocked
+train_cli.main(sys.argv[2:])
+"""
+
+
+def test_killed_while_saving(tmp_path):
+    data, whole = make_data(tmp_path), tmp_path / "whole"
+    output, mark = tmp_path / "out", tmp_path / "mark"
+    arguments = [str(part) for part in (mark, "--data", data, *FLAGS, "--output", output)]
+    with subprocess.Popen(
+        [sys.executable, "-c", BLOCKED, *arguments], stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for(mark, process)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    hidden = [path for path in output.iterdir() if path.name.startswith(".checkpoint-000004.")]
+    assert len(hidden) == 1
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-000002"]
+    load(output / "checkpoint-000002", dtype="float32", lazy=False)
+    for arguments in (("--output", whole), ("--output", output, "--resume")):
+        with pytest.raises(SystemExit, match="0"):
+            main([str(part) for part in ("--data", data, *FLAGS, *arguments)])
+    check_end(output, whole)

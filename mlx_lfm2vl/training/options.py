@@ -13,17 +13,12 @@ OPTIMIZERS = ("adamw", "adam", "muon", "sgd", "lion", "adafactor")
 SCHEDULES = ("cosine", "linear", "constant")
 COUNT = (1, 2**31 - 1)
 POSITIVE = (1e-37, 1e37)  # float32 holds them, and ten times as much
+COUNTS = ("iters", "batch_size", "grad_accumulation_steps", "rank", "max_length")
 LIMITS = {
-    "iters": COUNT,
-    "batch_size": COUNT,
-    "grad_accumulation_steps": COUNT,
-    "learning_rate": POSITIVE,
-    "weight_decay": (0, POSITIVE[1]),
-    "max_grad_norm": (0, POSITIVE[1]),
-    "rank": COUNT,
-    "scale": POSITIVE,
+    **dict.fromkeys(COUNTS, COUNT),
+    **dict.fromkeys(("learning_rate", "scale"), POSITIVE),
+    **dict.fromkeys(("weight_decay", "max_grad_norm"), (0, POSITIVE[1])),
     "dropout": (0, 0.999),
-    "max_length": COUNT,
     "seed": (0, 2**64 - 1),
 }
 

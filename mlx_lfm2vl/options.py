@@ -104,6 +104,17 @@ def check_fields(options: Any, bounds: Mapping[str, Bound]) -> None:
         bound.check(name, getattr(options, name))
 
 
+def check_bias(bias: Mapping[int, float] | None) -> None:
+    """Checks a logit bias; a ConfigError names what is wrong."""
+    if bias is None:
+        return
+    if not isinstance(bias, Mapping):
+        raise ConfigError(f"logit_bias is {bias!r:.200}; it must be a dict of token ids to numbers")
+    for token, value in bias.items():
+        Bound(int, 0, MOST).check("a token id of logit_bias", token)
+        LOGIT_BIAS.check(f"logit_bias of token {token}", value)
+
+
 MOST = 2**31 - 1  # of whole numbers that reach the device
 SEED = Bound(int, 0, 2**64 - 1)
 MAX_TOKENS = Bound(int, 1, MOST)
@@ -115,22 +126,45 @@ SAMPLING_BOUNDS = {
     "min_p": Bound(float, 1e-6, 1, zero=True),
     "repetition_penalty": Bound(float, 1e-2, 1e2),
     "repetition_context_size": Bound(int, 1, MOST),
+    "presence_penalty": Bound(float, -100, 100),
+    "frequency_penalty": Bound(float, -100, 100),
+    "xtc_probability": Bound(float, 0, 1),
+    "xtc_threshold": Bound(float, 0, 0.5),
 }
+LOGIT_BIAS = Bound(float, -1000, 1000)
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen. Temperature 0 is greedy; 0 (1.0 for the penalty) turns off."""
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 is greedy decoding.
+        top_p, top_k, min_p: filters of unlikely tokens; 0 turns them off.
+        repetition_penalty: divides the scores of recent tokens; 1 is none.
+        presence_penalty, frequency_penalty: subtracted from the scores of recent tokens, once or
+            for each time they came.
+        repetition_context_size: how many tokens are recent, prompt included, for all penalties.
+        xtc_probability: how often the most likely tokens above `xtc_threshold` are left out, all
+            but the least likely of them.
+        logit_bias: added to the scores of tokens, by id.
+    """
 
     temperature: float = 0.0
     top_p: float = 0.0
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    repetition_context_size: int = 20  # tokens
+    repetition_context_size: int = 20
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, SAMPLING_BOUNDS)
+        check_bias(self.logit_bias)
 
 
 @dataclass(frozen=True)
@@ -147,9 +181,15 @@ class Sampling:
     min_p: float | None = None
     repetition_penalty: float | None = None
     repetition_context_size: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, SAMPLING_BOUNDS)
+        check_bias(self.logit_bias)
 
     def apply(self, config: SamplingConfig) -> SamplingConfig:
         """The settings with these changes."""

@@ -252,6 +252,8 @@ def _write_settings(config: GenerationConfig, sampling: Sampling) -> None:
     recommended = asdict(config.sampling)
     parts = []
     for name, value in used.items():
+        if value is None:
+            continue
         source = "default"
         if getattr(sampling, name) is not None:
             source = "flag"

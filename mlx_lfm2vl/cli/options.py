@@ -69,7 +69,11 @@ SAMPLING: tuple[tuple[str, Callable[[str], float], str], ...] = (
     ("top_k", whole, "keep so many most likely tokens"),
     ("min_p", number, "drop tokens below this share of the most likely one"),
     ("repetition_penalty", number, "divide the scores of tokens that came before; 1 is none"),
-    ("repetition_context_size", whole, "tokens the penalty looks back at"),
+    ("repetition_context_size", whole, "tokens that penalties look back at"),
+    ("presence_penalty", number, "subtract from the scores of tokens that came before"),
+    ("frequency_penalty", number, "the same for each time that a token came before"),
+    ("xtc_probability", number, "how often to leave out the most likely tokens"),
+    ("xtc_threshold", number, "probability from which on they are left out"),
 )
 
 
@@ -235,5 +239,5 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
 
 def options_from(args: argparse.Namespace, kind: type[T]) -> T:
     """An options object from the flags of its fields; None keeps its defaults."""
-    given = {f.name: getattr(args, f.name) for f in fields(kind)}  # type: ignore[arg-type]
+    given = {f.name: getattr(args, f.name, None) for f in fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: value for name, value in given.items() if value is not None})

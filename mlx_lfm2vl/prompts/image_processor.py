@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Union
 
 from ..errors import ImageError
-from ..options import ImageOptions, ImageProcessorConfig
+from ..options import MAX_GRID_SIDE, ImageOptions, ImageProcessorConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -233,15 +233,15 @@ def _is_large(height: int, width: int, config: ImageProcessorConfig) -> bool:
 @lru_cache(maxsize=64)
 def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     # from a set, then sorted by area only: ties keep the set's order, which decides between
-    # equally good grids in the official code, so the same set is built in the same way
-    grids = {
-        (cols, rows)
-        for n in range(min_tiles, max_tiles + 1)
-        for cols in range(1, n + 1)
-        for rows in range(1, n + 1)
-        if min_tiles <= cols * rows <= max_tiles
-    }
-    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+    # equally good grids in the official code, so the same grids enter it in the same order
+    grids: set[tuple[int, int]] = set()
+    for n in range(min_tiles, max_tiles + 1):
+        for cols in range(1, n + 1):
+            # the others entered in an earlier round
+            new = range(1, n + 1) if n in (cols, min_tiles) else (n,)
+            grids.update((cols, rows) for rows in new if min_tiles <= cols * rows <= max_tiles)
+    fitting = (grid for grid in grids if max(grid) <= MAX_GRID_SIDE)
+    return tuple(sorted(fitting, key=lambda grid: grid[0] * grid[1]))
 
 
 def _grid(height: int, width: int, min_tiles: int, max_tiles: int, tile: int) -> tuple[int, int]:

@@ -23,6 +23,11 @@ def test_geometry_equals_the_official_code(number):
         GEOMETRY["sizes"], GEOMETRY["expected"][number], strict=True
     ):
         new_width, new_height, cols, rows, tokens = expected
+        if max(width, height) > 256 * min(width, height):
+            # the official size of a thin image breaks max_image_tokens
+            thinner = 256 * 32, 32
+            tokens -= new_width * new_height // 1024 - 256
+            new_width, new_height = thinner if width > height else thinner[::-1]
         layout = processor.layout(height, width)
         assert processor.smart_resize(height, width) == (new_width, new_height)
         assert (layout.cols, layout.rows) == (cols, rows), f"{width}x{height}"

@@ -22,6 +22,9 @@ from .image_source import RawImage, load_image
 
 ImageInput = Union[RawImage, "ProcessedImage"]
 NO_OPTIONS = ImageOptions()
+# bounds of memory on the way to a view, far above those of pictures that are not thin lines
+LONG_SIDE = 2**20  # pixels; the weights of Pillow's filters take 16 bytes and more for each
+MOST_PIXELS = 2**24
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,10 @@ class Lfm2VlImageProcessor:
     ) -> tuple[int, int]:
         """Size of a whole view: sides divisible by 32, area within the token limits.
 
-        The aspect ratio is kept as closely as that allows. Returns (width, height) in pixels, in
-        the order of the official method.
+        The aspect ratio is kept as closely as that allows. Of an image thinner than
+        `max_image_tokens` to 1, the official size has more tokens than that (1x100,000: 7,619);
+        here it is a strip of one row or column with `max_image_tokens`. Returns (width, height)
+        in pixels, in the order of the official method.
         """
         config = options.apply(self.config)
         factor = config.encoder_patch_size * config.downsample_factor
@@ -153,6 +158,9 @@ class Lfm2VlImageProcessor:
             grow = math.sqrt(min_pixels / (height * width))
             new_height = math.ceil(height * grow / factor) * factor
             new_width = math.ceil(width * grow / factor) * factor
+        if min(new_height, new_width) == factor:
+            longest = config.max_image_tokens * factor
+            new_height, new_width = min(new_height, longest), min(new_width, longest)
         return new_width, new_height
 
     def layout(self, height: int, width: int, options: ImageOptions = NO_OPTIONS) -> ImageLayout:
@@ -205,12 +213,21 @@ class Lfm2VlImageProcessor:
         return tokens
 
     def _resize(self, image: Image.Image, height: int, width: int) -> np.ndarray[Any, Any]:
+        """Resizes the width, then the height, as torchvision does.
+
+        Pillow by itself begins with the height of tall images, and the rounding in between then
+        moves up to six grey levels. Thin tall images whose widened form would need more than
+        `MOST_PIXELS` are shortened first, and sides over `LONG_SIDE` are averaged down to it
+        before: within one grey level of the other way, on noise by bicubic within ten.
+        """
         import numpy as np
         from PIL import Image
 
-        # one direction at a time, as torchvision does: Pillow by itself begins with the height of
-        # tall images, and the rounding in between then moves up to six grey levels
         resample = Image.Resampling(self.config.resample)
+        if max(image.size) > LONG_SIDE:
+            image = image.reduce((-(-image.width // LONG_SIDE), -(-image.height // LONG_SIDE)))
+        if width * image.height > max(MOST_PIXELS, image.width * image.height, width * height):
+            image = image.resize((image.width, height), resample)
         image = image.resize((width, image.height), resample)
         return np.asarray(image.resize((width, height), resample))
 

@@ -137,8 +137,10 @@ def test_spellings_of_image_items(tmp_path, loaded):
         ((900, 1400), ImageLayout(3, 2, (608, 384))),
         ((2000, 1000), ImageLayout(2, 4, (352, 704))),
         ((5, 7), ImageLayout(0, 0, (320, 224))),
-        ((12_000, 40), ImageLayout(0, 0, (32, 8864))),
-        ((40, 12_000), ImageLayout(0, 0, (8864, 32))),
+        ((10_000, 40), ImageLayout(0, 0, (32, 8064))),
+        ((12_000, 40), ImageLayout(0, 0, (32, 8192))),
+        ((40, 12_000), ImageLayout(0, 0, (8192, 32))),
+        ((1, 10**7), ImageLayout(10, 1, (8192, 32))),
     ],
 )
 def test_layout_of_known_sizes(size, layout):

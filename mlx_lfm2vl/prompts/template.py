@@ -25,13 +25,24 @@ CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 ASSISTANT_START, ASSISTANT_END = "\U0001fffe", "\U0001ffff"
 
 
-def _render(template: jinja2.Template, context: Mapping[str, Any]) -> str:
-    from jinja2 import TemplateError
+def render_template(template: jinja2.Template, context: Mapping[str, Any]) -> str:
+    """What a template writes; a PromptError if it refuses, fails, or does not come to an end."""
+    from .sandbox import MOST_CHARACTERS
 
+    parts, size = [], 0
+    template.environment.begin()  # type: ignore[attr-defined]
     try:
-        return template.render(**context)
-    except (TemplateError, TypeError) as error:
-        raise PromptError(f"the chat template refuses this conversation: {error}") from None
+        for part in template.generate(**context):
+            parts.append(part)
+            size += len(part)
+            if size > MOST_CHARACTERS:
+                raise PromptError(f"the chat template writes more than {MOST_CHARACTERS} letters")
+    except PromptError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a template may raise anything
+        reason = str(error) or type(error).__name__
+        raise PromptError(f"the chat template refuses this conversation: {reason:.300}") from None
+    return "".join(parts)
 
 
 def _has_generation_marks(template: str | None) -> bool:
@@ -52,12 +63,15 @@ class TextGuard:
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None,
     ) -> None:
-        everything = "".join(_strings(messages)) + "".join(_strings(tools))
+        try:
+            everything = "".join(_strings(messages)) + "".join(_strings(tools))
+        except RecursionError:
+            raise PromptError("messages or tools are nested too deeply") from None
         candidates = chain(range(0xFDD0, 0xFDF0), range(0xE000, 0xF900), range(0xF0000, 0x10FFFE))
         self.mark = next(chr(c) for c in candidates if chr(c) not in everything)
         self._image = re.compile(re.escape(image_token))
         self._special = special
-        self.tools = None if tools is None else [self._break(tool, self._image) for tool in tools]
+        self.tools = None if tools is None else [self._break(tool, special) for tool in tools]
         self.messages = [self._guard_message(message) for message in messages]
 
     def restore(self, text: str) -> str:
@@ -68,7 +82,6 @@ class TextGuard:
         trusted = message.get("role") in TRUSTED_ROLES
         pattern = self._image if trusted else self._special
         guarded = {key: self._break(value, pattern) for key, value in message.items()}
-        guarded["role"] = message.get("role")
         content = guarded.get("content")
         if isinstance(content, list):
             self._break_across(content, pattern)
@@ -158,8 +171,9 @@ def compile_template(source: str, mark_generation: bool = False) -> jinja2.Templ
     `mark_generation` puts `ASSISTANT_START` and `ASSISTANT_END` around generation blocks.
     """
     import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.ext import Extension
+
+    from .sandbox import BoundedEnvironment
 
     class GenerationMarks(Extension):
         """`{% generation %}` … `{% endgeneration %}` shows what is inside."""
@@ -173,15 +187,14 @@ def compile_template(source: str, mark_generation: bool = False) -> jinja2.Templ
                 body = [_text_node(ASSISTANT_START), *body, _text_node(ASSISTANT_END)]
             return jinja2.nodes.Scope(body).set_lineno(line)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationMarks, loopcontrols]
-    )
+    environment = BoundedEnvironment([GenerationMarks])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     try:
         return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise ConfigError(f"chat_template.jinja is not a template: {error}") from None
+    except Exception as error:  # noqa: BLE001 - jinja2 lets Python's own errors through, too
+        reason = str(error) or type(error).__name__
+        raise ConfigError(f"chat_template.jinja is not a template: {reason:.300}") from None
 
 
 def _text_node(text: str) -> jinja2.nodes.Output:

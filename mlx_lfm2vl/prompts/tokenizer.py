@@ -28,11 +28,11 @@ from .template import (
     TextGuard,
     _cut_at_tag,
     _has_generation_marks,
-    _render,
     _strings,
     _tag_final_message,
     _with_reasoning,
     compile_template,
+    render_template,
 )
 
 # Names of the special tokens where tokenizer_config.json does not state them
@@ -175,7 +175,7 @@ class Lfm2Tokenizer:
         context = self._context(
             messages, tools, add_generation_prompt, continue_final_message, variables, now
         )
-        rendered = _render(self._template, context)
+        rendered = render_template(self._template, context)
         return _cut_at_tag(rendered) if continue_final_message else rendered
 
     def _context(
@@ -261,7 +261,7 @@ class Lfm2Tokenizer:
             raise PromptError("a text holds U+1FFFE or U+1FFFF, which are no characters")
         guard = TextGuard(self.image_token, self._special_pattern, messages, tools)
         context = self._context(guard.messages, guard.tools, False, False, variables, now)
-        rendered = _render(self._marked_template, context)
+        rendered = render_template(self._marked_template, context)
         if not _has_generation_marks(self.chat_template):
             turn = rf"(<\|im_start\|>assistant\n)(.*?{re.escape(self.eos_token)})"
             marked = rf"\1{ASSISTANT_START}\2{ASSISTANT_END}"

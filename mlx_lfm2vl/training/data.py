@@ -7,6 +7,7 @@ One line is one sample, `{"messages": […], "images": […], "tools": […]}` w
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -231,7 +232,7 @@ def text_of(message: Mapping[str, Any]) -> str:
 def _located(image: str, folder: Path) -> str:
     if image.startswith(("http://", "https://", "data:")):
         return image
-    return str(folder / Path(image).expanduser())
+    return str(folder / os.path.expanduser(image))
 
 
 def batch_order(

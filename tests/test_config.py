@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from mlx_lfm2vl import ConfigError, ImageOptions, ImageProcessorConfig, Lfm2VlConfig, Sampling
+from mlx_lfm2vl import ConfigError, ImageOptions, ImageProcessorConfig, Lfm2VlConfig
 from mlx_lfm2vl.checkpoints.settings import load_generation_config, load_image_processor_config
 from mlx_lfm2vl.models.config import load_config
-from mlx_lfm2vl.options import FAMILY_SAMPLING
+from mlx_lfm2vl.options import FAMILY_SAMPLING, SamplingConfig
 
 from .conftest import SHARED
 
@@ -251,11 +251,11 @@ def test_recommended_sampling(tmp_path):
     assert only_ids.sampling == FAMILY_SAMPLING
     assert only_ids.sampling_source == "model card"
     stated = generation(tmp_path, do_sample=True, temperature=0.2, top_k=50, repetition_penalty=1.0)
-    assert stated.sampling == Sampling(temperature=0.2, top_k=50)
+    assert stated.sampling == SamplingConfig(temperature=0.2, top_k=50)
     assert stated.sampling_source == "generation_config.json"
     assert stated.eos_token_ids == (9,)
     assert generation(tmp_path, do_sample=False, temperature=0.7).sampling.temperature == 0
-    assert generation(tmp_path, top_p=0.9).sampling == Sampling(temperature=1.0, top_p=0.9)
+    assert generation(tmp_path, top_p=0.9).sampling == SamplingConfig(temperature=1.0, top_p=0.9)
     with pytest.raises(ConfigError, match="temperature is 'hot'"):
         generation(tmp_path, temperature="hot")
 
@@ -265,7 +265,7 @@ def test_published_generation_configs():
     small = load_generation_config(CHECKPOINTS / "LFM2.5-VL-450M", config())
     assert (small.sampling, small.eos_token_ids) == (FAMILY_SAMPLING, (7,))
     large = load_generation_config(CHECKPOINTS / "LFM2.5-VL-3B", config())
-    assert large.sampling == Sampling(temperature=0.2, top_k=50)
+    assert large.sampling == SamplingConfig(temperature=0.2, top_k=50)
     assert large.eos_token_ids == (124900,)
     for name in ("LFM2-VL-450M", "LFM2.5-VL-450M", "LFM2.5-VL-1.6B"):
         made = load_config(CHECKPOINTS / name)

@@ -25,6 +25,7 @@ from PIL import Image, ImageFile
 from mlx_lfm2vl import ImageError, generate
 from mlx_lfm2vl.cli import batch as folder_module
 from mlx_lfm2vl.cli.batch import build_parser, main
+from mlx_lfm2vl.prompts import image_source
 from mlx_lfm2vl.prompts.image_source import load_image
 from mlx_lfm2vl.serving.folder import LOOK_AHEAD, Lines, Task, find_images, look_ahead
 
@@ -257,27 +258,32 @@ def test_unreadable_files_are_recorded(run, few, tmp_path, monkeypatch):
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "text.tiff").write_text("no image at all")
     (folder / "lost.png").write_bytes(good)
-    read_bytes = Path.read_bytes
+    open_file = image_source._open_file
 
     def refuse(path):
-        if path.name == "lost.png":
+        if Path(path).name == "lost.png":
             raise PermissionError(13, "Permission denied")
-        return read_bytes(path)
+        return open_file(path)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(image_source, "_open_file", refuse)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "endless.png").symlink_to("/dev/zero")
     for _ in range(2):  # the second time there is nothing to do
-        code, err = run("--images", folder, "--output", out)
+        code, err = run("--images", folder / "*", "--output", out)
         assert code == 0
         found = by_image(out)
-        assert len(found) == 11
-    assert "11 were done before" in err
+        assert len(found) == 13
+    assert "13 were done before" in err
     bad = {Path(name).name: entry for name, entry in found.items() if "error" in entry}
-    assert set(bad) == {"cut.png", "empty.jpg", "text.tiff", "lost.png"}
+    assert set(bad) == {
+        *{"cut.png", "empty.jpg", "text.tiff", "lost.png"},
+        *{"pipe.png", "endless.png"},
+    }
     assert bad["lost.png"]["digest"] is None
     assert "Permission denied" in bad["lost.png"]["error"]
     assert all("\n" not in entry["error"] and "text" not in entry for entry in bad.values())
     monkeypatch.undo()
-    code, err = run("--images", folder, "--output", out)
+    code, err = run("--images", folder / "*", "--output", out)
     assert "1 images answered" in err, "a file that can be read now is read"
 
 

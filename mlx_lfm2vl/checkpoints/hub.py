@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from ..errors import ModelNotFoundError
 # What a model folder needs, and its licence; other formats and sample pictures stay on the server
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md", "LICENSE*")
 REPOSITORY_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+HUB_PATIENCE = 5.0  # seconds that the Hub may take to say what is new
 
 # The small model that comes with this package; a folder of that name in use wins
 DEMO = "demo"
@@ -26,35 +29,43 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
     Raises:
         ModelNotFoundError: neither a folder nor a repository that can be had.
     """
-    folder = Path(model).expanduser()
-    if str(model) == DEMO and not (folder / "config.json").exists():
-        return DEMO_FOLDER
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ModelNotFoundError(f"{folder} is a file; pass the model's folder")
-    if not REPOSITORY_ID.fullmatch(str(model)):
+    name = str(model)
+    try:
+        folder = Path(os.path.expanduser(name))
+        if name == DEMO and not (folder / "config.json").exists():
+            return DEMO_FOLDER
+        if folder.is_dir():
+            # of `.` an error should say which folder that is
+            return folder if folder.name else folder.resolve()
+        if folder.exists():
+            raise ModelNotFoundError(f"{folder} is a file; pass the model's folder")
+    except (OSError, ValueError) as error:  # too long a name, or a NUL in it
+        if isinstance(error, ModelNotFoundError):
+            raise
+        raise ModelNotFoundError(f"{name!r:.200} is no path: {error}") from None
+    if not REPOSITORY_ID.fullmatch(name) or name.startswith((".", "~")):
         raise ModelNotFoundError(
-            f"{model} does not exist; pass a model folder or a repository such as "
+            f"{name!s:.300} does not exist; pass a model folder or a repository such as "
             "LiquidAI/LFM2.5-VL-450M"
         )
-    return _download(str(model), revision)
+    return _download(name, revision)
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    """Asks the Hub for news, shortly, and otherwise takes what the download cache holds."""
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
+        HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
+    files = list(MODEL_FILES)
     try:
-        return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=list(MODEL_FILES))
-        )
+        # snapshot_download itself would wait for ever for a Hub that does not answer
+        HfApi().model_info(repository, revision=revision, timeout=HUB_PATIENCE)
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
     except GatedRepoError:
         reason = "is gated: accept its terms on its page, then log in with `hf auth login`"
     except RepositoryNotFoundError:
@@ -63,9 +74,36 @@ def _download(repository: str, revision: str | None) -> Path:
         )
     except RevisionNotFoundError:
         reason = f"has no revision {revision!r}"
-    except LocalEntryNotFoundError:
-        reason = "is no folder here, is not in the download cache, and the Hub cannot be reached"
-    except (HfHubHTTPError, OSError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = f"could not be downloaded: {first_line}"
+    except HFValidationError as error:
+        reason = f"is no name of a repository: {_first_line(error)}"
+    except Exception as error:  # noqa: BLE001 - a captive portal's page, a network's own errors
+        cached = _cached(repository, revision)
+        if cached is not None:
+            return cached
+        tried = f"{constants.ENDPOINT} did not help: {_first_line(error)}"
+        if constants.HF_HUB_OFFLINE:
+            tried = "HF_HUB_OFFLINE is set"
+        reason = (
+            f"is no folder here and not complete in the download cache, and {tried}. "
+            "`--model demo` needs no network, a folder of a model neither; HF_HUB_OFFLINE=1 asks "
+            "nobody"
+        )
     raise ModelNotFoundError(f"{repository} {reason}")
+
+
+def _cached(repository: str, revision: str | None) -> Path | None:
+    """What an earlier download has left, if that is a whole model."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return (
+        folder if (folder / "config.json").exists() and any(folder.glob("*.safetensors")) else None
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..errors import ConfigError
-from ..models.config import load_config
+from ..models.config import Lfm2VlConfig, load_config
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..prompts.image_processor import Lfm2VlImageProcessor
 from ..prompts.processor import Lfm2VlProcessor
@@ -60,7 +60,7 @@ def load(
     image_config = load_image_processor_config(folder, config)
     generation_config = load_generation_config(folder, config)
     tokenizer = Lfm2Tokenizer.from_folder(folder)
-    check_token_ids(folder, config.image_token_id, tokenizer)
+    check_token_ids(folder, config, tokenizer)
     compute_type = choose_dtype(dtype, config.dtype)
     network, weights = open_checkpoint(folder, config, image_config)
     network.load_weights(list(cast_weights(weights, compute_type).items()), strict=True)
@@ -93,10 +93,16 @@ def cast_weights(weights: Mapping[str, mx.array], dtype: mx.Dtype) -> dict[str, 
         }
 
 
-def check_token_ids(folder: Path, image_token_id: int, tokenizer: Lfm2Tokenizer) -> None:
-    """Raises a ConfigError where config and tokenizer disagree about the image token."""
-    if tokenizer.image_token_id != image_token_id:
+def check_token_ids(folder: Path, config: Lfm2VlConfig, tokenizer: Lfm2Tokenizer) -> None:
+    """Raises a ConfigError if config and tokenizer disagree about tokens."""
+    if tokenizer.image_token_id != config.image_token_id:
         raise ConfigError(
-            f"{folder}: config.json says image_token_id {image_token_id}, the tokenizer has "
+            f"{folder}: config.json says image_token_id {config.image_token_id}, the tokenizer has "
             f"{tokenizer.image_token} at {tokenizer.image_token_id}"
+        )
+    rows = config.text_config.vocab_size
+    last = max(tokenizer.tokenizer.get_vocab_size() - 1, *tokenizer.special_tokens.values())
+    if last >= rows:
+        raise ConfigError(
+            f"{folder}: tokenizer.json has ids up to {last}, but config.json a vocab_size of {rows}"
         )

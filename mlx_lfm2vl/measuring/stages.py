@@ -7,6 +7,7 @@ end of each stage, and all weights are in memory before anything but loading is 
 from __future__ import annotations
 
 import io
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -390,7 +391,7 @@ def _sources(images: Sequence[RawImage], sizes: Sequence[Size]) -> list[tuple[st
     found: list[tuple[str, RawImage]] = []
     for number, image in enumerate(images, 1):
         picture = load_image(image)
-        if isinstance(image, (str, Path)) and Path(image).expanduser().is_file():
+        if isinstance(image, (str, Path)) and os.path.isfile(os.path.expanduser(image)):
             found.append((Path(image).name, image))
         else:
             # neither a network nor an array takes part in what is measured

@@ -141,8 +141,9 @@ class Lfm2VlImageProcessor:
 
         The aspect ratio is kept as closely as that allows. Of an image thinner than
         `max_image_tokens` to 1, the official size has more tokens than that (1x100,000: 7,619);
-        here it is a strip of one row or column with `max_image_tokens`. Returns (width, height)
-        in pixels, in the order of the official method.
+        here it is a strip of one row or column with `max_image_tokens`. Growing to
+        `min_image_tokens` rounds up, as there, and so may pass a maximum that is close to it.
+        Returns (width, height) in pixels, in the order of the official method.
         """
         config = options.apply(self.config)
         factor = config.encoder_patch_size * config.downsample_factor

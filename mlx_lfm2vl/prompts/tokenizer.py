@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ModelNotFoundError, PromptError
-from ..files import read_json
+from ..files import read_json, read_text, regular_file
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -89,19 +89,21 @@ class Lfm2Tokenizer:
         from tokenizers import Tokenizer
 
         path = folder / "tokenizer.json"
-        if not path.exists():
-            raise ModelNotFoundError(f"{path} does not exist; a model folder needs tokenizer.json")
         try:
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = Tokenizer.from_file(str(regular_file(path)))
+        except (ConfigError, ModelNotFoundError):
+            raise
         except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower
             raise ConfigError(f"{path} is not a tokenizer: {error}") from None
         settings: dict[str, Any] = {}
         if (folder / "tokenizer_config.json").exists():
             settings = read_json(folder / "tokenizer_config.json")
         template_path = folder / "chat_template.jinja"
-        template = settings.get("chat_template")
+        template = _template_of(settings.get("chat_template"), folder)
         if template_path.exists():
-            template = template_path.read_text(encoding="utf-8")
+            template = read_text(template_path)
+        tokenizer.no_truncation()  # what training has left in the file
+        tokenizer.no_padding()
         return cls(tokenizer, _token_names(settings), template)
 
     def token_id(self, token: str) -> int:
@@ -305,12 +307,26 @@ class Lfm2Tokenizer:
         return compile_template(self.chat_template, mark_generation=True)
 
 
+def _template_of(value: Any, folder: Path) -> str | None:
+    """The chat template in tokenizer_config.json: a text, or one of several by name."""
+    if isinstance(value, list):  # as transformers before 4.43 wrote them
+        named = {
+            entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)
+        }
+        value = named.get("default")
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"{folder / 'tokenizer_config.json'}: chat_template is no text")
+    return value
+
+
 def _token_names(settings: Mapping[str, Any]) -> dict[str, str]:
     names = {}
     for name, default in TOKEN_NAMES.items():
         token = settings.get(name)
         if isinstance(token, Mapping):  # an AddedToken written out
             token = token.get("content")
+        if token is not None and not isinstance(token, str):
+            raise ConfigError(f"tokenizer_config.json: {name} is {token!r:.100}; it must be a text")
         names[name] = token if token is not None else default
     return names
 

@@ -327,13 +327,12 @@ def look_ahead(
 
 def prepare(path: str, task: Task, processor: Lfm2VlProcessor, done: set[Key]) -> Prepared:
     """Reads an image and makes its prompt, without MLX."""
-    from ..prompts.image_source import load_image
+    from ..prompts.image_source import load_image, read_image_file
 
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        message = f"{path} cannot be read: {error.strerror}"
-        return Prepared(path, None, error=None if (path, None) in done else message)
+        data = read_image_file(path)
+    except ImageError as error:
+        return Prepared(path, None, error=None if (path, None) in done else str(error))
     digest = hashlib.sha256(data).hexdigest()
     if (path, digest) in done:
         return Prepared(path, digest)

@@ -19,6 +19,7 @@ from zlib import crc32
 from ..errors import DataError, Lfm2VlError
 from ..options import ImageOptions
 from ..prompts.image_processor import NO_OPTIONS, ImageInput, Lfm2VlImageProcessor
+from ..prompts.messages import image_of, is_image
 from ..prompts.processor import Lfm2VlProcessor
 
 if TYPE_CHECKING:
@@ -221,11 +222,8 @@ def _with_paths(message: Any, folder: Path, waiting: Iterator[str]) -> Any:
         return message
     items = []
     for item in message["content"]:
-        if isinstance(item, Mapping) and item.get("type") in ("image", "image_url"):
-            names = ("image", "url", "path", "image_url")
-            image = next((item[name] for name in names if item.get(name) is not None), None)
-            if isinstance(image, Mapping):  # {"image_url": {"url": …}}
-                image = image.get("url")
+        if is_image(item):
+            image = image_of(item)
             image = image if image is not None else next(waiting, None)
             if image is None:
                 raise DataError("the messages have more image places than images")

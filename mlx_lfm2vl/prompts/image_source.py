@@ -26,6 +26,7 @@ RawImage = Union[str, Path, bytes, BinaryIO, "Image.Image", "np.ndarray[Any, Any
 # closed: Pillow hands EPS to Ghostscript, and rare readers are the least tested
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "HEIF")
 MAX_FILE_BYTES = 256 * 2**20  # of an encoded picture
+MAX_SIDE = 2**24  # pixels; Pillow bounds the area, but each row costs memory, too
 # what Pillow and its plugins let through where a file is damaged
 DAMAGE = (
     *(OSError, SyntaxError, ValueError, TypeError, EOFError, RuntimeError, struct.error),
@@ -118,6 +119,8 @@ def _opened(image: RawImage) -> Iterator[tuple[str, Image.Image]]:
     else:
         name = _name(image)
         with _told(name, "cannot be read"), _file(image) as file, _identify(file) as picture:
+            if max(picture.size) > MAX_SIDE:
+                raise ValueError(f"a side has {max(picture.size)} pixels; at most {MAX_SIDE}")
             yield name, picture
 
 

@@ -273,6 +273,11 @@ def test_urls_that_lead_nowhere(url):
     refusal(url)
 
 
+def test_passwords_are_refused_not_ignored(server):
+    server.scripts["/x"] = [answer(body=b"found")]
+    assert "without a user name" in refusal(f"http://user:word@127.0.0.1:{server.port}/x")
+
+
 def test_spaces_and_letters_are_quoted(server):
     server.scripts["/a%20b/%C3%A9%25.png?q=%C3%BC%20%7C&z=1"] = [answer(body=b"found")]
     assert read(f"{server.url}/a b/é%25.png?q=ü |&z=1#part") == b"found"

@@ -217,6 +217,7 @@ def test_three_hundred_servers(server):
         (lambda: endless(b"HTTP/1.1 100 Continue\r\n\r\n" * 99), "far more than"),
         (lambda: [answer(headers=[b"Content-Length: 900"]), *endless(b"x", 0.05)], "0.3 seconds"),
         (lambda: [answer(headers=[]), *endless(b"x", 0.05)], "0.3 seconds"),
+        (lambda: [answer(headers=[]), *endless(b"x", 0.0003)], "0.3 seconds"),
         (lambda: endless(b"H", 0.05), "0.3 seconds"),
         (lambda: [b"HTTP/1.1 200 OK\r\nX:", *endless(b"y", 0.05)], "0.3 seconds"),
         (lambda: [5.0], "0.3 seconds"),
@@ -272,6 +273,11 @@ def test_urls_that_lead_nowhere(url):
     refusal(url)
 
 
+def test_passwords_are_refused_not_ignored(server):
+    server.scripts["/x"] = [answer(body=b"found")]
+    assert "without a user name" in refusal(f"http://user:word@127.0.0.1:{server.port}/x")
+
+
 def test_spaces_and_letters_are_quoted(server):
     server.scripts["/a%20b/%C3%A9%25.png?q=%C3%BC%20%7C&z=1"] = [answer(body=b"found")]
     assert read(f"{server.url}/a b/é%25.png?q=ü |&z=1#part") == b"found"
@@ -317,8 +323,9 @@ def names(monkeypatch, server):
     """Every name leads to the server; what was looked up."""
     found = []
 
-    def look_up(host, port, **kind):
-        found.append(host)
+    def look_up(host, port, *_, **kind):
+        if host != "127.0.0.1":
+            found.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", server.port))]
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)

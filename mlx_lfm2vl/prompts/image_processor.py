@@ -207,11 +207,9 @@ class Lfm2VlImageProcessor:
         """
         if width < 1 or height < 1:
             raise ImageError(f"image of {width}x{height} pixels: both sides must be 1 or more")
-        layout = self.layout(height, width, options)
-        tokens = sum(self.view_tokens(layout, options))
-        if options.apply(self.config).use_image_special_tokens:
-            tokens += 2 + marks_of(layout)
-        return tokens
+        plan = self.plan(width, height, options)
+        marks = 2 + marks_of(plan.layout) if plan.use_image_special_tokens else 0
+        return sum(plan.view_tokens) + marks
 
     def _resize(self, image: Image.Image, height: int, width: int) -> np.ndarray[Any, Any]:
         """Resizes the width, then the height, as torchvision does.

@@ -25,23 +25,16 @@ RawImage = Union[str, Path, bytes, BinaryIO, "Image.Image", "np.ndarray[Any, Any
 # JPEG includes MPO; HEIF comes with pillow-heif, AVIF with some builds of Pillow. Others stay
 # closed: Pillow hands EPS to Ghostscript, and rare readers are the least tested
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "HEIF")
+HEIF_BRANDS = [b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"mif1", b"hevc")]
 MAX_FILE_BYTES = 256 * 2**20  # of an encoded picture
+MAX_SIDE = 2**24  # pixels; Pillow bounds the area, but each row costs memory, too
 # what Pillow and its plugins let through where a file is damaged
 DAMAGE = (
     *(OSError, SyntaxError, ValueError, TypeError, EOFError, RuntimeError, struct.error),
     *(LookupError, ArithmeticError, AttributeError, AssertionError, MemoryError, zlib.error),
 )
 ORIENTATION = 0x0112  # EXIF tag
-# names of `Image.Transpose` that turn a picture of this orientation upright
-TURNS = {
-    2: "FLIP_LEFT_RIGHT",
-    3: "ROTATE_180",
-    4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE",
-    6: "ROTATE_270",
-    7: "TRANSVERSE",
-    8: "ROTATE_90",
-}
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # orientation -> Pillow's `Transpose`
 
 
 def load_image(image: RawImage) -> Image.Image:
@@ -118,6 +111,8 @@ def _opened(image: RawImage) -> Iterator[tuple[str, Image.Image]]:
     else:
         name = _name(image)
         with _told(name, "cannot be read"), _file(image) as file, _identify(file) as picture:
+            if max(picture.size) > MAX_SIDE:
+                raise ValueError(f"a side has {max(picture.size)} pixels; at most {MAX_SIDE}")
             yield name, picture
 
 
@@ -147,7 +142,7 @@ def _upright_rgb(picture: Image.Image, name: str) -> Image.Image:
         picture.load()
         orientation = _orientation(picture)
         if orientation > 1:
-            picture = picture.transpose(Image.Transpose[TURNS[orientation]])
+            picture = picture.transpose(Image.Transpose(TURNS[orientation]))
             picture.info.clear()  # the orientation with it
         if picture.mode.startswith("I;16"):
             picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
@@ -166,24 +161,14 @@ def _identify(source: BinaryIO) -> Image.Image:
         return read()
     except UnidentifiedImageError:
         Image.init()  # imports the rarer formats
-        if _is_heif(source):
-            _register_heif()
-        return read()
-
-
-def _register_heif() -> None:
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        raise ValueError('HEIC needs pillow-heif: pip install "mlx-lfm2vl[heic]"') from None
-    register_heif_opener()
-
-
-def _is_heif(source: BinaryIO) -> bool:
-    """Looks at the brand in the first bytes."""
     source.seek(0)
-    start = source.read(12)
-    return start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"heim", b"mif1", b"hevc")
+    if source.read(12)[4:] in HEIF_BRANDS:
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            raise ValueError('HEIC needs pillow-heif: pip install "mlx-lfm2vl[heic]"') from None
+        register_heif_opener()
+    return read()
 
 
 def _name(image: Any) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import http.client
 import io
 import ipaddress
-import queue
 import socket
-import threading
+import ssl
 import time
-from typing import Any, Literal, cast
-from urllib.parse import SplitResult, quote, urljoin, urlsplit
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import quote, urljoin, urlsplit
 
 from ..errors import ImageError, one_line, reason
 
@@ -18,16 +18,13 @@ MAX_BYTES = 20_000_000
 SECONDS = 30.0
 MAX_REDIRECTS = 3
 REDIRECTS = (301, 302, 303, 307, 308)
+PORTS = {"http": 80, "https": 443}
 OVERHEAD = 2**20  # bytes of headers and of marks between chunks
-SAFE = "/%:@!$&'()*+,;=~"  # what `quote` leaves as it is, apart from letters and digits
+SAFE = "/%:@!$&'()*+,;=~?"  # what `quote` leaves as it is, apart from letters and digits
 
 
 def read_url(
-    url: str,
-    *,
-    max_bytes: int = MAX_BYTES,
-    seconds: float = SECONDS,
-    addresses: Literal["public", "any"] = "any",
+    url: str, *, max_bytes: int = MAX_BYTES, seconds: float = SECONDS, addresses: str = "any"
 ) -> bytes:
     """The body of an http(s) URL, read directly: no proxy, no cookies, no password.
 
@@ -42,125 +39,39 @@ def read_url(
     Raises:
         ImageError: in one line that names the URL, whatever the server does.
     """
-    transfer = _Transfer(max_bytes + OVERHEAD, seconds, addresses != "any")
-    target = url
+    target, public, deadline = url, addresses != "any", time.monotonic() + seconds
     try:
         for _ in range(MAX_REDIRECTS + 1):
-            with transfer.request(target) as response:
+            with _connect(target, public, deadline) as sock:
+                public = public or _is_public(sock.getpeername()[0])
+                response = _get(target, _Stream(sock, deadline, max_bytes + OVERHEAD))
                 if response.status not in REDIRECTS:
                     return _body(response, max_bytes)
-                location = response.getheader("location") or ""
-                target = urljoin(target, location.encode("latin-1").decode("utf-8", "replace"))
+            location = (response.getheader("location") or "").encode("latin-1")
+            target = urljoin(target, location.decode("utf-8", "replace"))
         raise ValueError(f"it is redirected more than {MAX_REDIRECTS} times")
-    except TimeoutError:
-        raise ImageError(
-            f"{one_line(url)} cannot be fetched: no answer within {seconds:g} seconds"
-        ) from None
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise ImageError(f"{one_line(url)} cannot be fetched: {reason(error)}") from None
+        late = isinstance(error, TimeoutError)
+        why = f"no answer within {seconds:g} seconds" if late else reason(error)
+        raise ImageError(f"{one_line(url)} cannot be fetched: {why}") from None
 
 
 def _body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     if response.status != 200:
         raise ValueError(f"the server answers {response.status} {response.reason}")
-    body = bytearray()
-    while len(body) <= max_bytes and (response.length or 0) <= max_bytes:
-        piece = response.read(2**16)
-        if not piece:
-            if response.length:
-                raise ValueError(f"the answer ends {response.length} bytes too early")
-            return bytes(body)
-        body += piece
-    raise ValueError(f"it has more than {max_bytes} bytes")
-
-
-class _Transfer:
-    """One reading with its redirects: what is left of its bytes and its seconds."""
-
-    def __init__(self, bytes_left: int, seconds: float, public: bool) -> None:
-        self.bytes_left, self.public = bytes_left, public
-        self.deadline = time.monotonic() + seconds
-
-    def seconds_left(self) -> float:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        return left
-
-    def request(self, url: str) -> http.client.HTTPResponse:
-        """Sends a GET and reads the headers of the answer."""
-        parts = urlsplit(url)
-        host = _host(parts)
-        port = parts.port if parts.port is not None else {"http": 80, "https": 443}[parts.scheme]
-        sock = self._connect(host, port)
-        try:
-            if parts.scheme == "https":
-                import ssl
-
-                sock.settimeout(self.seconds_left())
-                sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
-            path = quote(parts.path or "/", SAFE)
-            query = "?" + quote(parts.query, SAFE + "?") if parts.query else ""
-            name = f"[{host.partition('%')[0]}]" if ":" in host else host
-            shown = name if parts.port is None else f"{name}:{port}"
-            sock.settimeout(self.seconds_left())
-            sock.sendall(
-                f"GET {path}{query} HTTP/1.1\r\nHost: {shown}\r\nUser-Agent: mlx-lfm2vl\r\n"
-                "Accept: */*\r\nAccept-Encoding: identity\r\nConnection: close\r\n\r\n".encode()
-            )
-            # of a socket, a response uses only this
-            response = http.client.HTTPResponse(cast(Any, _Stream(sock, self)), method="GET")
-            response.begin()
-            return response
-        except BaseException:
-            sock.close()
-            raise
-
-    def _connect(self, host: str, port: int) -> socket.socket:
-        found = self._look_up(host, port)
-        if self.public:
-            found = [entry for entry in found if _is_public(entry[4][0])]
-            if not found:
-                raise ValueError(f"{host} is not a public address")
-        for number, (family, kind, protocol, _, address) in enumerate(found):
-            sock = socket.socket(family, kind, protocol)
-            sock.settimeout(self.seconds_left() / (len(found) - number))
-            try:
-                sock.connect(address)
-            except OSError:
-                sock.close()
-                if number == len(found) - 1:
-                    raise
-            else:
-                self.public = self.public or _is_public(address[0])
-                return sock
-        raise ValueError(f"{host} has no address")
-
-    def _look_up(self, host: str, port: int) -> list[Any]:
-        # in a thread, since a name server that is silent can take longer than there is time
-        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-        def look_up() -> None:
-            try:
-                answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-            except (OSError, ValueError) as error:
-                answers.put(error)
-
-        threading.Thread(target=look_up, daemon=True).start()
-        try:
-            answer = answers.get(timeout=self.seconds_left())
-        except queue.Empty:
-            raise TimeoutError from None
-        if isinstance(answer, Exception):
-            raise answer
-        return cast("list[Any]", answer)
+    body = response.read(max_bytes + 1)
+    if len(body) > max_bytes:
+        raise ValueError(f"it has more than {max_bytes} bytes")
+    if response.length:
+        raise ValueError(f"the answer ends {response.length} bytes too early")
+    return body
 
 
 class _Stream(io.RawIOBase):
-    """A socket's bytes as a file that ends with an error where bytes or seconds are used up."""
+    """A socket's bytes as a file, with an error where bytes or seconds are used up."""
 
-    def __init__(self, sock: socket.socket, transfer: _Transfer) -> None:
-        self.sock, self.transfer = sock, transfer
+    def __init__(self, sock: socket.socket, deadline: float, bytes_left: int) -> None:
+        self.sock, self.deadline, self.bytes_left = sock, deadline, bytes_left
 
     def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(self, 2**16)
@@ -169,28 +80,66 @@ class _Stream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self.sock.settimeout(self.transfer.seconds_left())
+        self.sock.settimeout(_seconds_until(self.deadline))
         count = self.sock.recv_into(buffer)
-        self.transfer.bytes_left -= count
-        if self.transfer.bytes_left < 0:
+        self.bytes_left -= count
+        if self.bytes_left < 0:
             raise ValueError("the server sends far more than a picture")
         return count
 
-    def close(self) -> None:
-        self.sock.close()
-        super().close()
+
+def _seconds_until(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
 
 
-def _host(parts: SplitResult) -> str:
-    """The ASCII form of the host, if the URL is one that may be read."""
-    if parts.scheme not in ("http", "https"):
-        raise ValueError(f"{parts.scheme or 'no scheme'}: it must be http or https")
-    if parts.username is not None:
-        raise ValueError("it holds a user name; URLs with passwords are not supported")
+def _get(url: str, stream: _Stream) -> http.client.HTTPResponse:
+    """Asks, and reads the headers of the answer."""
+    parts = urlsplit(url)
+    path = quote(parts.path or "/", SAFE) + (f"?{quote(parts.query, SAFE)}" if parts.query else "")
+    stream.sock.settimeout(_seconds_until(stream.deadline))
+    stream.sock.sendall(
+        f"GET {path} HTTP/1.1\r\nHost: {parts.netloc.encode('idna').decode()}\r\n"
+        "User-Agent: mlx-lfm2vl\r\nAccept: */*\r\nAccept-Encoding: identity\r\n"
+        "Connection: close\r\n\r\n".encode()
+    )
+    source: Any = stream  # of a socket, a response uses only `makefile`
+    response = http.client.HTTPResponse(source, method="GET")
+    response.begin()
+    return response
+
+
+def _connect(url: str, public: bool, deadline: float) -> socket.socket:
+    parts = urlsplit(url)
     host = (parts.hostname or "").encode("idna").decode()
+    if parts.scheme not in PORTS or parts.username is not None:
+        raise ValueError("it must begin with http:// or https://, without a user name")
     if not host or not host.isprintable() or " " in host:
         raise ValueError("it has no valid host name")
-    return host
+    found = _look_up(host, parts.port if parts.port is not None else PORTS[parts.scheme], deadline)
+    allowed = [address for address in found if not public or _is_public(address[0])]
+    error: Exception = ValueError(f"{host} is not a public address")
+    for number, address in enumerate(allowed):
+        try:
+            seconds = _seconds_until(deadline) / (len(allowed) - number)
+            sock = socket.create_connection(address, seconds)
+            if parts.scheme == "http":
+                return sock
+            sock.settimeout(max(1e-3, deadline - time.monotonic()))
+            return ssl.create_default_context().wrap_socket(sock, server_hostname=host)
+        except OSError as failure:
+            error = failure
+    raise error
+
+
+def _look_up(host: str, port: int, deadline: float) -> list[Any]:
+    # in a thread, since a silent name server can take longer than there is time
+    pool = ThreadPoolExecutor(1, thread_name_prefix="look-up")
+    pending = pool.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    pool.shutdown(wait=False)
+    return [address[:2] for *_, address in pending.result(_seconds_until(deadline))]
 
 
 def _is_public(address: str) -> bool:

@@ -13,9 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from mlx_lfm2vl import Lfm2VlError, ModelNotFoundError, PromptError, load
+from mlx_lfm2vl import Lfm2VlError, ModelNotFoundError, Prompt, PromptError, generate, load
 from mlx_lfm2vl.checkpoints.hub import resolve_model
 from mlx_lfm2vl.files import read_json
+from mlx_lfm2vl.generation.generate import generate_step
 
 from .conftest import FIXTURES
 
@@ -310,13 +311,26 @@ def test_json_of_a_model_is_read_to_its_end(tmp_path):
 
 
 def test_tokens_beyond_the_embeddings(folder):
+    """Told when loading if there are too many, and in any case before they reach the device."""
     file = folder / "tokenizer.json"
     before = file.read_text()
     data = json.loads(before)
-    token = {**data["added_tokens"][-1], "id": 10**6, "content": "<|far|>"}
-    data["added_tokens"].append(token)
+    data["model"]["vocab"]["H"] = 10**6
+    file.write_text(json.dumps(data))
+    model, processor = load(folder, dtype="float32")
+    data["added_tokens"] += [
+        {**data["added_tokens"][-1], "id": 10**4 + n, "content": f"<|{n}|>"} for n in range(99)
+    ]
     file.write_text(json.dumps(data))
     line = outcome(folder)
     file.write_text(before)
-    assert line is not None
     assert "vocab_size" in line
+    for ask in (
+        lambda: generate(model, processor, "H", max_tokens=1),
+        lambda: generate(model, processor, Prompt([1, 10**8]), max_tokens=1),
+        lambda: generate(model, processor, Prompt([]), max_tokens=1),
+        lambda: list(generate_step([1, -5], model, max_tokens=1)),
+        lambda: list(generate_step([], model, max_tokens=1)),
+    ):
+        with pytest.raises(PromptError, match="not in the vocabulary|has no tokens"):
+            ask()

@@ -10,8 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..errors import PromptError
 from ..models.cache import Cache
-from ..models.lfm2 import Lfm2ForCausalLM
+from ..models.lfm2 import Lfm2ForCausalLM, check_token_ids
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..options import DEFAULT_MAX_TOKENS, CacheOptions
 from ..prompts.image_processor import ImageInput
@@ -50,6 +51,9 @@ def generate_step(
     """
     engine = Engine(model, prefill_step_size=prefill_step_size)
     ids = cast("list[int]", prompt.tolist()) if isinstance(prompt, mx.array) else list(prompt)
+    if len(ids) == 0:
+        raise PromptError("the prompt has no tokens; it needs one or more")
+    check_token_ids(ids, engine.language_model.vocab_size)
     cache = prompt_cache
     if cache is None:
         cache = engine.language_model.make_cache(cache_options, len(ids))

@@ -37,7 +37,7 @@ $(VENV)/installed: $(VENV)/python-$(VERSION) pyproject.toml
 	@touch $@
 
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -82,7 +82,7 @@ class Reader:
         self.check(value in allowed, key, value, " or ".join(allowed))
 
     def get(self, key: str, kind: type, *spellings: str, default: Any, bound: Any = None) -> Any:
-        """A value under one of its spellings, None where it is null or absent.
+        """A value under one of its spellings, None if it is null or absent.
 
         Args:
             bound: an `options.Bound` that numbers must fit.

@@ -496,8 +496,10 @@ SPOILED = {
     "no config": (lambda folder: (folder / ADAPTER_CONFIG).unlink(), f"has no {ADAPTER_CONFIG}"),
     "no weights": (lambda folder: (folder / ADAPTER_WEIGHTS).unlink(), f"no {ADAPTER_WEIGHTS}"),
     "an odd scale": (
-        lambda folder: (folder / ADAPTER_CONFIG).write_text('{"lora_parameters": {"scale": NaN}}'),
-        "a scale, a number; it is nan",
+        lambda folder: (folder / ADAPTER_CONFIG).write_text(
+            '{"lora_parameters": {"scale": 1e999}}'
+        ),
+        "a scale, a number; it is inf",
     ),
     "odd parameters": (
         lambda folder: (folder / ADAPTER_CONFIG).write_text('{"lora_parameters": [1]}'),

@@ -221,6 +221,7 @@ def test_a_file_that_fails_late_loses_no_numbers(capsys, measured, tmp_path, res
 
 
 def test_flags_reach_the_measurement(capsys, measured, tmp_path):
+    (tmp_path / "adapters.safetensors").touch()
     (tmp_path / "adapter_config.json").write_text('{"model": "somebody/tuned"}')
     run(capsys, "--adapter-path", tmp_path, "--images", "a.png", "--size", "64x48", "-m", 9)
     ((model, images, sizes, options),) = measured

@@ -49,7 +49,8 @@ class Case:
 
 def setting(name: str, value: Any, *flags: str, fails: str | None = None, **more: Any) -> Case:
     settings = {name: value, **more}
-    return Case(f"{name}={value!r:.30}", settings=settings, flags=flags or None, fails=fails)
+    shown = "halved" if name == "logits_processors" else f"{value!r:.30}"
+    return Case(f"{name}={shown}", settings=settings, flags=flags or None, fails=fails)
 
 
 def user(*items: Any) -> list[dict[str, Any]]:

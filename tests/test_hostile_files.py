@@ -332,5 +332,5 @@ def test_tokens_beyond_the_embeddings(folder):
         lambda: list(generate_step([1, -5], model, max_tokens=1)),
         lambda: list(generate_step([], model, max_tokens=1)),
     ):
-        with pytest.raises(PromptError, match="not in the vocabulary|has no tokens"):
+        with pytest.raises(PromptError, match=r"not in the vocabulary|has no tokens"):
             ask()

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from mlx_lfm2vl import ConfigError, PromptError
+from mlx_lfm2vl.prompts import sandbox
 from mlx_lfm2vl.prompts.template import compile_template, render_template
 
 MESSAGES = [{"role": "user", "content": "Hi" * 50}, {"role": "assistant", "content": "Yes."}]
@@ -55,8 +56,10 @@ HOSTILE = [
     "{{ range(99999)|map('string')|join(messages|string * 99) }}",
     "{% for i in range(99999) %}{{ messages|tojson }}{% endfor %}",
 ]
-BROKEN = ["{% break %}", "{% for %}", "{{ 1 +", "{% endif %}", "{{ x|nofilter }}", "{" * 5000,
-          "{{ " + "(" * 300 + "1" + ")" * 300 + " }}", "{% if a is nothing %}{% endif %}"]  # fmt: skip
+BROKEN = [
+    *("{% break %}", "{% for %}", "{{ 1 +", "{% endif %}", "{{ x|nofilter }}", "{" * 5000),
+    *("{{ " + "(" * 300 + "1" + ")" * 300 + " }}", "{% if a is nothing %}{% endif %}"),
+]
 
 
 def render(source: str) -> str | None:
@@ -68,9 +71,10 @@ def render(source: str) -> str | None:
             {"messages": MESSAGES, "tools": None, "strftime_now": lambda form: "today"},
         )
     except (PromptError, ConfigError) as error:
-        assert str(error).count("\n") == 0
-        assert len(str(error)) < 500
-        return None
+        line = str(error)
+    assert line.count("\n") == 0
+    assert len(line) < 500
+    return None
 
 
 @pytest.mark.parametrize("source", [*HOSTILE, *BROKEN])
@@ -82,8 +86,9 @@ def test_hostile_templates_end(source):
     assert time.process_time() - start < 9
 
 
-def test_200_templates_of_hostile_parts():
+def test_200_templates_of_hostile_parts(monkeypatch):
     """Parts of templates in each other's loops, conditions and macros."""
+    monkeypatch.setattr(sandbox, "SECONDS", 0.1)
     chance = random.Random(1)
     refused = 0
     for _ in range(200):

@@ -457,7 +457,7 @@ ODD_WEIGHTS = {
     ),
     "a deep index": (lambda f: _index(f, "[" * 100_000), "not valid JSON"),
     "a long number": (lambda f: _index(f, '{"a": ' + "1" * 5000 + "}"), "not valid JSON"),
-    "no index": (lambda f: (f / writing.INDEX).mkdir(), "cannot be read"),
+    "no index": (lambda f: (f / writing.INDEX).mkdir(), "is no regular file"),
 }
 
 

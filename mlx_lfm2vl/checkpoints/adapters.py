@@ -216,7 +216,7 @@ def check_adapters(adapters: Adapters, model: nn.Module, folder: str | Path) -> 
 
 
 def check_fit(linear: nn.Module | None, name: str, update: Update, folder: str | Path) -> None:
-    """Raises a TrainError where an update does not belong to a linear map."""
+    """Raises a TrainError if an update does not belong to a linear map."""
     if not isinstance(linear, (nn.Linear, nn.QuantizedLinear)):
         raise TrainError(f"{folder}: {name} is no linear map of this model")
     inputs, outputs = linear_inputs(linear), linear.weight.shape[0]

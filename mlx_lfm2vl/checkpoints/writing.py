@@ -29,7 +29,7 @@ from .weights import INDEX, SINGLE
 
 MAX_SHARD_BYTES = 5 << 30
 WORKSPACE = ".mlx-lfm2vl-"  # in the name of every workspace, after that of the target
-REPLACED = f"{WORKSPACE}replaced"  # a folder in it, where no swap is possible
+REPLACED = f"{WORKSPACE}replaced"  # a folder in it, if no swap is possible
 TRAINING_STATE = "training_state.json"  # beside the weights of a checkpoint that `train` wrote
 COPIED_FILES = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "LICENSE*", "NOTICE*")  # fmt: skip # noqa: E501
 NOT_COPIED = ("config.json", "generation_config.json", INDEX, TRAINING_STATE)

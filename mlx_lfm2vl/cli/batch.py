@@ -156,7 +156,7 @@ def _progress(total: int) -> Iterator[Callable[[bool], None]]:
 def _ctrl_c() -> Iterator[Callable[[], None]]:
     """Makes sure that Ctrl-C ends the work.
 
-    Its exception is lost where it comes while Python runs a finalizer, so it is kept and raised
+    Its exception is lost if it comes while Python runs a finalizer, so it is kept and raised
     again when the function that this yields is called.
     """
     if threading.current_thread() is not threading.main_thread():

@@ -28,7 +28,7 @@ class Machine:
         device: `cpu` or `gpu`, what MLX computes on.
         device_name: the chip's name.
         cores: of the processor, as far as this process may use them.
-        memory_bytes: of the machine, 0 where the system does not tell.
+        memory_bytes: of the machine, 0 if the system does not tell.
         python, mlx, mlx_lfm2vl: versions.
     """
 

@@ -254,7 +254,7 @@ class _ImageBench:
         medians = {f"{stage}_s": median(found) for stage, found in times.items()}
         decode_tps = 1 / medians.pop("decode_s")
         weights = decode_weight_bytes(self.model.language_model)
-        # without the room that a cache holds for later positions
+        # without the capacity that a cache holds for later positions
         bytes_per_token = weights + cache_nbytes(copy_cache(self.cache))
         return ImageCosts(
             name=self.name,
@@ -380,14 +380,14 @@ def _batch_seconds(
         mx.synchronize()
         start = time.perf_counter()
 
-    # there is room for one more row, or the batch would not ask for it
+    # one more row has a place, or the batch would not ask for it
     for _ in stream_batch(model, endless, requests(), batch_size=rows + 1):
         pass
     return time.perf_counter() - start
 
 
 def _sources(images: Sequence[RawImage], sizes: Sequence[Size]) -> list[tuple[str, RawImage]]:
-    """Names and images; an ImageError before anything slow where one cannot be read."""
+    """Names and images; an ImageError before anything slow if one cannot be read."""
     found: list[tuple[str, RawImage]] = []
     for number, image in enumerate(images, 1):
         picture = load_image(image)

@@ -185,7 +185,7 @@ def _text_config(reader: Reader, top: Reader) -> Lfm2Config:
 
 
 def _feed_forward_size(reader: Reader) -> int:
-    # block_ff_dim wins over intermediate_size where both stand, as in transformers
+    # block_ff_dim wins over intermediate_size if both stand, as in transformers
     size = reader.get("block_ff_dim", int, default=None, bound=WIDTH)
     if size is None:
         size = reader.get("intermediate_size", int, default=REQUIRED, bound=WIDTH)

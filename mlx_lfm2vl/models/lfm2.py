@@ -23,8 +23,8 @@ from .layers import checkpointed, swiglu
 class Rotary(NamedTuple):
     """Where the tokens stand: after `offset` others, or at explicit angles.
 
-    `offset` is an int, or (batch,) where rows differ. cos and sin are (batch, 1, tokens, head
-    dim), None where positions simply count up.
+    `offset` is an int, or (batch,) if rows differ. cos and sin are (batch, 1, tokens, head
+    dim), None if positions simply count up.
     """
 
     offset: int | mx.array
@@ -38,7 +38,7 @@ class Masks(NamedTuple):
     Attributes:
         attention: "causal", None (a single token sees everything) or boolean
             (batch, 1, tokens, positions).
-        padding: (batch, tokens, 1), False on padding; None where there is none.
+        padding: (batch, tokens, 1), False on padding; None if there is none.
     """
 
     attention: mx.array | str | None
@@ -46,7 +46,7 @@ class Masks(NamedTuple):
 
 
 class Lfm2Output(NamedTuple):
-    """Hidden states after the final norm: (batch, tokens, hidden); the rest where asked for.
+    """Hidden states after the final norm: (batch, tokens, hidden); the rest if asked for.
 
     `hidden_states`: the embeddings, each layer's output, the last one after the final norm.
     `attentions`: (batch, heads, tokens, positions) per attention layer.

@@ -379,7 +379,7 @@ class Lfm2VlForConditionalGeneration(Lfm2VlModel):
         """One forward pass, as the official `forward`; arguments and errors of `Lfm2VlModel`, and
 
         Args:
-            labels: (batch, tokens), -100 where ignored; needs all logits.
+            labels: (batch, tokens), -100 if ignored; needs all logits.
             logits_to_keep: project only so many last positions, 0 for all; or these positions.
         """
         out = super().__call__(

@@ -32,9 +32,9 @@ class ImageLayout:
     """How one image is cut: a grid of tiles and, apart from it, one resized whole view.
 
     Attributes:
-        rows, cols: the grid; 0 and 0 where the image is not tiled.
+        rows, cols: the grid; 0 and 0 if the image is not tiled.
         whole: (height, width) in pixels of the resized whole image: the only view of a small
-            image, the thumbnail of a tiled one, None where a tiled image has no thumbnail.
+            image, the thumbnail of a tiled one, None if a tiled image has no thumbnail.
     """
 
     rows: int
@@ -83,7 +83,7 @@ class Lfm2VlImageProcessor:
     """Cuts and resizes images by the settings of a checkpoint.
 
     The geometry is that of `transformers`' `Lfm2VlImageProcessor`; resizing is Pillow's, at most
-    one grey level away from torchvision's where bilinear, and two where bicubic.
+    one grey level away from torchvision's if bilinear, and two if bicubic.
     """
 
     def __init__(self, config: ImageProcessorConfig) -> None:
@@ -167,7 +167,7 @@ class Lfm2VlImageProcessor:
     def layout(self, height: int, width: int, options: ImageOptions = NO_OPTIONS) -> ImageLayout:
         """Decides between one view and tiles, from the size alone.
 
-        An image is tiled where its rounded area (each side to a multiple of 32) exceeds the
+        An image is tiled if its rounded area (each side to a multiple of 32) exceeds the
         largest view times `max_pixels_tolerance`.
         """
         config = options.apply(self.config)

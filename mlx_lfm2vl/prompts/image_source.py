@@ -28,7 +28,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "H
 HEIF_BRANDS = [b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"mif1", b"hevc")]
 MAX_FILE_BYTES = 256 * 2**20  # of an encoded picture
 MAX_SIDE = 2**24  # pixels; Pillow bounds the area, but each row costs memory, too
-# what Pillow and its plugins let through where a file is damaged
+# what Pillow and its plugins let through if a file is damaged
 DAMAGE = (
     *(OSError, SyntaxError, ValueError, TypeError, EOFError, RuntimeError, struct.error),
     *(LookupError, ArithmeticError, AttributeError, AssertionError, MemoryError, zlib.error),
@@ -150,7 +150,7 @@ def _upright_rgb(picture: Image.Image, name: str) -> Image.Image:
 
 
 def _identify(source: BinaryIO) -> Image.Image:
-    """Opens the known formats, and HEIC where pillow-heif is installed."""
+    """Opens the known formats, and HEIC if pillow-heif is installed."""
     from PIL import Image, UnidentifiedImageError
 
     def read() -> Image.Image:
@@ -204,7 +204,7 @@ def _file(image: Any) -> BinaryIO:
 
 
 def _open_file(path: str | Path) -> BinaryIO:
-    # not `Path.expanduser`, which fails where ~ begins a name that is no user's
+    # not `Path.expanduser`, which fails if ~ begins a name that is no user's
     place = os.path.expanduser(path)
     status = os.stat(place)  # before opening: a pipe would block, a device may never end
     if not stat.S_ISREG(status.st_mode):

@@ -35,7 +35,7 @@ class AnswerSettings(TypedDict, total=False):
         temperature, top_p, top_k, min_p, repetition_penalty, repetition_context_size,
             presence_penalty, frequency_penalty, xtc_probability, xtc_threshold, logit_bias: the
             fields of `Sampling`, one by one; they win over `sampling`.
-        seed: makes sampling repeatable, whatever else is going on.
+        seed: makes sampling repeatable, whatever else happens.
         stop: a text or several that end the answer; they are not part of it.
         logits_processors: functions of (tokens so far, logits) that return logits, as mlx-lm's.
     """

@@ -102,7 +102,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Bounds(NodeTransformer):
-    """Counts the rounds of loops, and joins texts where they can be measured."""
+    """Counts the rounds of loops, and joins texts by a function that measures them."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)

@@ -35,7 +35,7 @@ from .template import (
     render_template,
 )
 
-# Names of the special tokens where tokenizer_config.json does not state them
+# Names of the special tokens if tokenizer_config.json does not give them
 TOKEN_NAMES = {
     "bos_token": "<|startoftext|>",
     "eos_token": "<|im_end|>",
@@ -107,7 +107,7 @@ class Lfm2Tokenizer:
         return cls(tokenizer, _token_names(settings), template)
 
     def token_id(self, token: str) -> int:
-        """The id of a special token; a ConfigError where the tokenizer has none."""
+        """The id of a special token; a ConfigError if the tokenizer has none."""
         if token not in self.special_tokens:
             raise ConfigError(f"tokenizer.json has no special token {token}")
         return self.special_tokens[token]
@@ -203,7 +203,7 @@ class Lfm2Tokenizer:
                     "continue_final_message and add_generation_prompt exclude each other"
                 )
             messages = _tag_final_message(messages)
-        from datetime import datetime  # where nobody is asked anything, a needless import
+        from datetime import datetime  # a needless import if nobody is asked anything
 
         names = {name: token for name, token in self.names.items() if name.endswith("_token")}
         return {

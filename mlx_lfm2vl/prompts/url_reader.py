@@ -68,7 +68,7 @@ def _body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
 
 
 class _Stream(io.RawIOBase):
-    """A socket's bytes as a file, with an error where bytes or seconds are used up."""
+    """A socket's bytes as a file, with an error if bytes or seconds are used up."""
 
     def __init__(self, sock: socket.socket, deadline: float, bytes_left: int) -> None:
         self.sock, self.deadline, self.bytes_left = sock, deadline, bytes_left

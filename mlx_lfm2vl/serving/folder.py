@@ -296,7 +296,7 @@ def answer_all(
 
 @dataclass(frozen=True)
 class Prepared:
-    """One image, ready for the model; neither prompt nor error where it is done already."""
+    """One image, ready for the model; neither prompt nor error if it is done already."""
 
     path: str
     digest: str | None

@@ -159,29 +159,26 @@ def test_what_cannot_be_names_file_key_and_values(changes, message):
 
 
 @needs_checkpoints
-@pytest.mark.parametrize(
-    ("name", "min_tiles", "thumbnail", "tolerance", "resample"),
-    [
+def test_image_settings_of_the_published_files(tmp_path):
+    for name, min_tiles, thumbnail, tolerance, resample in [
         ("LFM2-VL-450M", 2, False, 2.0, 2),
         ("LFM2.5-VL-450M", 2, True, 2.0, 2),
         ("LFM2.5-VL-1.6B", 2, True, 2.0, 2),
         ("LFM2-VL-1.6B", 2, True, 1.5, 2),
         ("LFM2.5-VL-3B", 1, True, 2.0, 3),
-    ],
-)
-def test_image_settings_of_the_published_files(
-    name, min_tiles, thumbnail, tolerance, resample, tmp_path
-):
-    for path in (CHECKPOINTS / name).glob("*processor_config.json"):
-        (tmp_path / path.name).write_text(path.read_text())
-    (tmp_path / "config.json").write_text("{}")
-    settings = load_image_processor_config(tmp_path, Lfm2VlConfig())
-    assert settings == ImageProcessorConfig(
-        min_tiles=min_tiles,
-        use_thumbnail=thumbnail,
-        max_pixels_tolerance=tolerance,
-        resample=resample,
-    )
+    ]:
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in (CHECKPOINTS / name).glob("*processor_config.json"):
+            (folder / path.name).write_text(path.read_text())
+        (folder / "config.json").write_text("{}")
+        settings = load_image_processor_config(folder, Lfm2VlConfig())
+        assert settings == ImageProcessorConfig(
+            min_tiles=min_tiles,
+            use_thumbnail=thumbnail,
+            max_pixels_tolerance=tolerance,
+            resample=resample,
+        ), name
 
 
 def merged(folder, config_json=None, **files) -> ImageProcessorConfig:

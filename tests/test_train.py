@@ -283,7 +283,7 @@ def test_checkpointed_gradients_are_the_same(kind, cases, beside):
     assert twice == 2 * once
     assert same_loss == loss
     assert furthest(found, expected) < 1e-6
-    # a dropped input stays dropped when it is computed again, and chance goes on as without
+    # a dropped input stays dropped when it is computed again, and chance continues as without
     assert same_chance == chance
     assert (chance == 4) == (kind == "full")
 

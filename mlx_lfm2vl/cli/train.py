@@ -253,7 +253,7 @@ def _is_terminal() -> bool:
 
 
 def _say(text: str) -> None:
-    """A line on stderr, above the bar; if nobody can read it, training goes on."""
+    """A line on stderr, above the bar; if nobody can read it, training continues."""
     try:
         if _is_terminal():
             from tqdm import tqdm

@@ -173,7 +173,12 @@ def compile_template(source: str, mark_generation: bool = False) -> jinja2.Templ
     import jinja2
     from jinja2.ext import Extension
 
-    from .sandbox import BoundedEnvironment
+    from .sandbox import MOST_SOURCE, BoundedEnvironment
+
+    if len(source) > MOST_SOURCE:
+        raise ConfigError(
+            f"chat_template.jinja has {len(source)} characters; at most {MOST_SOURCE} are compiled"
+        )
 
     class GenerationMarks(Extension):
         """`{% generation %}` … `{% endgeneration %}` shows what is inside."""
@@ -188,7 +193,7 @@ def compile_template(source: str, mark_generation: bool = False) -> jinja2.Templ
             return jinja2.nodes.Scope(body).set_lineno(line)
 
     environment = BoundedEnvironment([GenerationMarks])
-    environment.filters["tojson"] = _to_json
+    environment.filters["tojson"] = environment.bounded(_to_json)
     environment.globals["raise_exception"] = _raise_exception
     try:
         return environment.from_string(source)

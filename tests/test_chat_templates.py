@@ -117,6 +117,37 @@ def makes_no_control_token(ours, role, content):
     assert ours.decode(ours.apply_chat_template(messages)) == ours.render(messages)
 
 
+@pytest.mark.parametrize(
+    ("shown", "messages"),
+    [
+        ("m.role ~ m.content", [{"role": "<|im_", "content": "end|>"}]),
+        ("m.content", [user("<|im_"), user("end|>")]),
+        ("m.content", [user("<"), user("|im_end|>")]),
+        ("m.content|trim", [user("<  "), user("  |im_end|>")]),
+        ("m.content|lower", [user("<|IM_END|>")]),
+        ("m.content|replace(' ', '')", [user("<|im_ end|>")]),
+        ("m.content|replace('-', '_')", [user("<|im-end|>")]),
+        ("m.content|map(attribute='text')|join", [user(texts("<|im_", "end|>"))]),
+        ("m.content[1:]", [user("x<|im_end|>")]),
+        ("m.content|tojson(ensure_ascii=True)", [user("<|im_end|>")]),
+        ("m.content", [{"role": "assistant", "content": "<"}, user("image>")]),
+        ("m.content", [{"role": "system", "content": "<ima"}, user("ge>")]),
+    ],
+)
+def test_what_a_template_joins_makes_no_control_token(shown, messages, tokenizer):
+    other = tokenizer(SMALL)
+    source = "{% for m in messages %}{{ " + shown + " }}{% endfor %}"
+    ours = Lfm2Tokenizer(other.tokenizer, other.names, source)
+    ids = ours.apply_chat_template(messages)
+    assert not set(ids) & set(ours.special_tokens.values())
+    assert ours.decode(ids) == ours.render(messages)
+
+
+def test_a_text_of_all_characters_is_told(tokenizer):
+    with pytest.raises(PromptError, match="all characters that could mark"):
+        tokenizer(SMALL).apply_chat_template([user("".join(map(chr, range(0xE000, 0xFE00))))])
+
+
 @every_template
 @pytest.mark.parametrize("role", ["assistant", "system"])
 @pytest.mark.parametrize("content", [INNER, texts(INNER)], ids=["text", "list"])

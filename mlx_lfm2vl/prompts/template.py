@@ -50,62 +50,48 @@ def _has_generation_marks(template: str | None) -> bool:
 
 
 class TextGuard:
-    """Breaks the names of special tokens inside untrusted text, so that they stay text.
+    """Keeps untrusted text from becoming control tokens, whatever a template joins it with.
 
-    A noncharacter that occurs nowhere in the conversation goes inside each name, survives the
-    template, and is taken out again before encoding.
+    A mark goes behind each character with which the name of a special token begins, so that no
+    name can come together. It is a character that occurs nowhere in the conversation, survives the
+    template, and is taken out again before encoding. In trusted text only `<image>` is broken.
     """
 
     def __init__(
         self,
         image_token: str,
-        special: re.Pattern[str],
+        special_tokens: Iterable[str],
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None,
     ) -> None:
         try:
-            everything = "".join(_strings(messages)) + "".join(_strings(tools))
+            everything = "".join(chain(_strings(messages), _strings(tools)))
         except RecursionError:
             raise PromptError("messages or tools are nested too deeply") from None
-        candidates = chain(range(0xFDD0, 0xFDF0), range(0xE000, 0xF900), range(0xF0000, 0x10FFFE))
-        self.mark = next(chr(c) for c in candidates if chr(c) not in everything)
-        self._image = re.compile(re.escape(image_token))
-        self._special = special
-        self.tools = None if tools is None else [self._break(tool, special) for tool in tools]
-        self.messages = [self._guard_message(message) for message in messages]
+        candidates = chain(range(0xFDD0, 0xFDF0), range(0xE000, 0xF900))
+        unused = (c for c in candidates if chr(c) not in everything and _json(c) not in everything)
+        mark = next(unused, None)
+        if mark is None:
+            raise PromptError("the conversation holds all characters that could mark its text")
+        self._mark, self._escaped = chr(mark), _json(mark)
+        starts = "".join(sorted({re.escape(name[0]) for name in special_tokens}))
+        self._any = re.compile(f"[{starts}]")
+        # a name may be spread over several texts: one then ends with its first character
+        first, second = re.escape(image_token[0]), re.escape(image_token[1:2])
+        self._image = re.compile(rf"{first}(?={second}|\s*\Z)")
+        self.tools = None if tools is None else [self._break(tool, self._any) for tool in tools]
+        self.messages = [
+            self._break(m, self._image if m.get("role") in TRUSTED_ROLES else self._any)
+            for m in messages
+        ]
 
     def restore(self, text: str) -> str:
-        """Takes the marks out again."""
-        return text.replace(self.mark, "")
-
-    def _guard_message(self, message: Message) -> dict[str, Any]:
-        trusted = message.get("role") in TRUSTED_ROLES
-        pattern = self._image if trusted else self._special
-        guarded = {key: self._break(value, pattern) for key, value in message.items()}
-        content = guarded.get("content")
-        if isinstance(content, list):
-            self._break_across(content, pattern)
-        return guarded
-
-    def _break_across(self, items: list[Any], pattern: re.Pattern[str]) -> None:
-        # two texts must not join into a name, either
-        texts = [_text_of(item) for item in items]
-        joined = "".join(texts)
-        cuts = [match.start() + 1 for match in pattern.finditer(joined)]
-        start = 0
-        for place, text in enumerate(texts):
-            inside = [cut - start for cut in cuts if start < cut <= start + len(text)]
-            start += len(text)
-            for cut in reversed(inside):
-                text = text[:cut] + self.mark + text[cut:]
-            if inside:
-                items[place] = (
-                    text if isinstance(items[place], str) else {**items[place], "text": text}
-                )
+        """Takes the marks out again, also as JSON in ASCII shows them."""
+        return text.replace(self._mark, "").replace(self._escaped, "")
 
     def _break(self, value: Any, pattern: re.Pattern[str]) -> Any:
         if isinstance(value, str):
-            return pattern.sub(lambda match: match[0][0] + self.mark + match[0][1:], value)
+            return pattern.sub(lambda match: match[0] + self._mark, value)
         if isinstance(value, Mapping):
             return {
                 self._break(key, pattern): self._break(item, pattern) for key, item in value.items()
@@ -115,10 +101,8 @@ class TextGuard:
         return value
 
 
-def _text_of(item: Any) -> str:
-    if isinstance(item, Mapping):
-        item = item.get("text")
-    return item if isinstance(item, str) else ""
+def _json(code: int) -> str:
+    return f"\\u{code:04x}"
 
 
 def _strings(value: Any) -> Iterable[str]:

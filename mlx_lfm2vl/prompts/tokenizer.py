@@ -230,7 +230,7 @@ class Lfm2Tokenizer:
         As encoding `render`'s string, but names of special tokens inside the text of users and
         tools are plain characters, and so is `<image>` inside any text.
         """
-        guard = TextGuard(self.image_token, self._special_pattern, messages, tools)
+        guard = TextGuard(self.image_token, self.special_tokens, messages, tools)
         rendered = self.render(
             guard.messages,
             guard.tools,
@@ -261,7 +261,7 @@ class Lfm2Tokenizer:
         marks = (ASSISTANT_START, ASSISTANT_END)
         if any(mark in text for text in (*_strings(messages), *_strings(tools)) for mark in marks):
             raise PromptError("a text holds U+1FFFE or U+1FFFF, which are no characters")
-        guard = TextGuard(self.image_token, self._special_pattern, messages, tools)
+        guard = TextGuard(self.image_token, self.special_tokens, messages, tools)
         context = self._context(guard.messages, guard.tools, False, False, variables, now)
         rendered = render_template(self._marked_template, context)
         if not _has_generation_marks(self.chat_template):

@@ -217,25 +217,57 @@ def test_odd_names_of_models(name, monkeypatch, tmp_path):
         assert str(tmp_path) in str(caught.value)
 
 
+COMMIT = "a" * 40
+# of a repository; a picture and git's own file are not downloaded
+FILES = {
+    "config.json": b"{}",
+    "model.safetensors": b"abc",
+    "photo.jpg": b"x",
+    ".gitattributes": b"",
+}
+PAGE = b"<html>Please log in</html>"
+
+
 class Hub(BaseHTTPRequestHandler):
     """Answers as its server's `way` says."""
 
     def do_GET(self):
-        way = self.server.way
-        if way == "silent":
+        way, path = self.server.way, self.path.partition("?")[0]
+        listing = "/tree/" in path
+        if way == "silent" or (way == "silent list" and listing):
             time.sleep(20)
-        elif way == "portal":
-            page = b"<html>Please log in</html>"
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html")
-            self.send_header("Content-Length", str(len(page)))
-            self.end_headers()
-            self.wfile.write(page)
+        elif way == "slow":
+            self.answer(b" ", length=10**6)
+            for _ in range(40):
+                time.sleep(0.5)
+                self.wfile.write(b" ")
+        elif way in ("portal", "no object") or (way == "portal list" and listing):
+            self.answer(b"[1, 2]" if way == "no object" else PAGE)
         elif way == "broken":
-            self.send_response(503)
-            self.end_headers()
+            self.send_error(503)
+        elif listing:
+            files = [
+                {"type": "file", "path": k, "size": len(v), "oid": k} for k, v in FILES.items()
+            ]
+            self.answer(json.dumps(files).encode())
+        elif path.startswith("/api/models/"):
+            self.answer(json.dumps({"id": "somebody/model", "sha": COMMIT}).encode())
+        elif path.rpartition("/")[2] in FILES:
+            self.answer(FILES[path.rpartition("/")[2]])
+        else:
+            self.send_error(404)
 
     do_HEAD = do_GET
+
+    def answer(self, body, length=None):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.send_header("ETag", f'"{self.path.rpartition("/")[2]}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+            self.wfile.flush()
 
     def log_message(self, *_):
         pass
@@ -243,20 +275,26 @@ class Hub(BaseHTTPRequestHandler):
 
 ASK = """
 import sys, time
-from mlx_lfm2vl.checkpoints.hub import resolve_model
+from mlx_lfm2vl.checkpoints import hub
 from mlx_lfm2vl import ModelNotFoundError
+hub.HUB_PATIENCE = 1
 start = time.monotonic()
 try:
-    print("found", resolve_model("somebody/model"))
+    print("found", hub.resolve_model("somebody/model"))
 except ModelNotFoundError as error:
     print("told", error)
 assert time.monotonic() - start < 15, time.monotonic() - start
 """
 
 
+class QuietServer(ThreadingHTTPServer):
+    def handle_error(self, *_):
+        """The other side has gone."""
+
+
 @pytest.fixture
 def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server = QuietServer(("127.0.0.1", 0), Hub)
     server.daemon_threads = True
     server.block_on_close = False
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -265,39 +303,42 @@ def hub():
     server.server_close()
 
 
-@pytest.mark.parametrize("way", ["silent", "portal", "broken", "offline"])
-def test_a_hub_that_does_not_help(way, hub, tmp_path):
-    """With the model in the download cache it is used; without, one line says what was tried."""
-    hub.way = way
-    cache = tmp_path / "hub"
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-        "HF_HUB_CACHE": str(cache),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        **({"HF_HUB_OFFLINE": "1"} if way == "offline" else {}),
-    }
+WAYS = ("silent", "silent list", "slow", "portal", "portal list", "no object", "broken", "offline")
 
-    def ask():
+
+def test_a_hub_that_does_not_help(hub, tmp_path):
+    """With the model in the download cache it is used; without, one line says what was tried."""
+
+    def ask(way, cache):
+        hub.way = way
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+            "HF_HOME": str(tmp_path / cache),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            **({"HF_HUB_OFFLINE": "1"} if way == "offline" else {}),
+        }
         run = subprocess.run(
             [sys.executable, "-c", ASK], env=environment, capture_output=True, text=True, timeout=60
         )
         assert run.returncode == 0, run.stderr
-        return run.stdout.strip()
+        return run.stdout.strip(), run.stderr
 
-    line = ask()
-    assert line.startswith("told somebody/model is no folder here")
-    assert "\n" not in line
-    assert "--model demo" in line
-    assert ("HF_HUB_OFFLINE is set" if way == "offline" else f":{hub.server_port}") in line
-    snapshot = cache / "models--somebody--model" / "snapshots" / ("a" * 40)
-    snapshot.mkdir(parents=True)
-    for name in ("config.json", "model.safetensors"):
-        (snapshot / name).write_text("{}")
-    refs = cache / "models--somebody--model" / "refs"
-    refs.mkdir()
-    (refs / "main").write_text("a" * 40)
-    assert ask() == f"found {snapshot}"
+    found, _ = ask("good", "full")
+    snapshot = tmp_path / "full" / "hub" / "models--somebody--model" / "snapshots" / COMMIT
+    assert found == f"found {snapshot}"
+    assert {path.name for path in snapshot.iterdir()} == {"config.json", "model.safetensors"}
+    for way in ("good", *WAYS):
+        assert ask(way, "full") == (found, ""), way
+    for number, way in enumerate(WAYS):
+        line, _ = ask(way, f"empty {number}")
+        assert line.startswith("told somebody/model is no folder here"), line
+        assert "\n" not in line
+        assert "--model demo" in line
+        told = "HF_HUB_OFFLINE is set" if way == "offline" else f":{hub.server_port}"
+        assert told in line
+    (snapshot / "model.safetensors").unlink()
+    assert ask("offline", "full")[0].startswith("told"), "half a download is no model"
 
 
 def test_json_of_a_model_is_read_to_its_end(tmp_path):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
 from ..errors import ModelNotFoundError
 
 # What a model folder needs, and its licence; other formats and sample pictures stay on the server
-MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md", "LICENSE*")
+FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md", "LICENSE*"]
 REPOSITORY_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
+T = TypeVar("T")
 HUB_PATIENCE = 5.0  # seconds that the Hub may take to say what is new
 
 # The small model that comes with this package; a folder of that name in use wins
@@ -53,7 +58,7 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
 
 def _download(repository: str, revision: str | None) -> Path:
     """Asks the Hub for news, shortly, and otherwise takes what the download cache holds."""
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -61,11 +66,11 @@ def _download(repository: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
-    files = list(MODEL_FILES)
     try:
-        # snapshot_download itself would wait for ever for a Hub that does not answer
-        HfApi().model_info(repository, revision=revision, timeout=HUB_PATIENCE)
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
+        cached = _within(2 * HUB_PATIENCE, lambda: _newest(repository, revision))
+        if cached is not None:
+            return cached
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=FILES))
     except GatedRepoError:
         reason = "is gated: accept its terms on its page, then log in with `hf auth login`"
     except RepositoryNotFoundError:
@@ -91,18 +96,53 @@ def _download(repository: str, revision: str | None) -> Path:
     raise ModelNotFoundError(f"{repository} {reason}")
 
 
+def _newest(repository: str, revision: str | None) -> Path | None:
+    """What the cache holds of the newest commit; otherwise None, if the Hub can list its files."""
+    from huggingface_hub import HfApi
+
+    commit = HfApi().model_info(repository, revision=revision, timeout=HUB_PATIENCE).sha
+    cached = _cached(repository, commit)
+    if cached is None:
+        list(HfApi().list_repo_tree(repository, revision=commit, recursive=True))
+    return cached
+
+
 def _cached(repository: str, revision: str | None) -> Path | None:
     """What an earlier download has left, if that is a whole model."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        found = snapshot_download(
+            repository, revision=revision, allow_patterns=FILES, local_files_only=True
+        )
     except LocalEntryNotFoundError:
         return None
-    return (
-        folder if (folder / "config.json").exists() and any(folder.glob("*.safetensors")) else None
-    )
+    folder = Path(found)
+    whole = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
+    return folder if whole else None
+
+
+def _within(seconds: float, action: Callable[[], T]) -> T:
+    """What an action gives; a TimeoutError if it takes longer, since not all requests have limits.
+
+    The action is then left to itself, in a thread that does not keep the process alive.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(action())
+        except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except TimeoutError:
+        if outcome.done():
+            raise
+        raise TimeoutError(f"no answer within {seconds:g} seconds") from None
 
 
 def _first_line(error: Exception) -> str:

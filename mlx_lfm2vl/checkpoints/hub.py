@@ -119,7 +119,10 @@ def _cached(repository: str, revision: str | None) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     folder = Path(found)
-    whole = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
+    weights = [path.name for path in folder.glob("*.safetensors")]
+    # not every huggingface_hub knows what a download that was broken off still lacks
+    parts = [int(match[1]) for name in weights if (match := re.search(r"-of-(\d+)\.", name))]
+    whole = (folder / "config.json").exists() and len(weights) >= max([1, *parts])
     return folder if whole else None
 
 

@@ -9,6 +9,7 @@ import socket
 import ssl
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -42,9 +43,11 @@ def read_url(
     target, public, deadline = url, addresses != "any", time.monotonic() + seconds
     try:
         for _ in range(MAX_REDIRECTS + 1):
-            with _connect(target, public, deadline) as sock:
+            with _connect(target, public, deadline) as sock, ExitStack() as opened:
                 public = public or _is_public(sock.getpeername()[0])
                 response = _get(target, _Stream(sock, deadline, max_bytes + OVERHEAD))
+                opened.callback(response.close)
+                response.begin()
                 if response.status not in REDIRECTS:
                     return _body(response, max_bytes)
             location = (response.getheader("location") or "").encode("latin-1")
@@ -96,7 +99,7 @@ def _seconds_until(deadline: float) -> float:
 
 
 def _get(url: str, stream: _Stream) -> http.client.HTTPResponse:
-    """Asks, and reads the headers of the answer."""
+    """Asks; the answer is still to be read."""
     parts = urlsplit(url)
     path = quote(parts.path or "/", SAFE) + (f"?{quote(parts.query, SAFE)}" if parts.query else "")
     stream.sock.settimeout(_seconds_until(stream.deadline))
@@ -106,9 +109,7 @@ def _get(url: str, stream: _Stream) -> http.client.HTTPResponse:
         "Connection: close\r\n\r\n".encode()
     )
     source: Any = stream  # of a socket, a response uses only `makefile`
-    response = http.client.HTTPResponse(source, method="GET")
-    response.begin()
-    return response
+    return http.client.HTTPResponse(source, method="GET")
 
 
 def _connect(url: str, public: bool, deadline: float) -> socket.socket:

@@ -229,8 +229,10 @@ def test_servers_without_an_end(steps, expected, server):
     else:
         server.scripts["/endless"] = steps()
     start = time.monotonic()
-    assert expected in refusal(f"{server.url}/endless")
-    assert time.monotonic() - start < 2
+    # bytes run out long before so much time, also on a busy machine
+    patience = {"seconds": 20.0} if "more than" in expected else {}
+    assert expected in refusal(f"{server.url}/endless", **patience)
+    assert time.monotonic() - start < (20 if patience else 2)
 
 
 def test_redirects_share_the_time_and_are_counted(server):

@@ -120,7 +120,11 @@ CASES = [
     setting("cache_options", CacheOptions(400), "--max-kv-size", "400"),
     setting("cache_options", CacheOptions(6), "--max-kv-size", "6", fails="more than half of"),
     setting("cache_options", 200, fails="cache_options is 200"),
-    setting("logits_processors", [lambda tokens, logits: logits * 0.5]),
+    # named here: the address of a function differs between the processes of a suite
+    Case(
+        "logits_processors", flags=None,
+        settings={"logits_processors": [lambda tokens, logits: logits * 0.5]},
+    ),
     Case("image before", images=RED, flags=("--image", "red.png")),
     Case("two images", images=[RED, picture(50, 70, 2)], flags=None),
     Case("image in place", prompt=user({"type": "image", "image": RED}, TEXT), flags=None),

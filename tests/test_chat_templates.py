@@ -1,8 +1,6 @@
 """Conversations of every kind, against what `transformers` makes of them."""
 
-import json
 from datetime import datetime
-from pathlib import Path
 
 import pytest
 
@@ -10,13 +8,9 @@ from mlx_lfm2vl import ConfigError, PromptError
 from mlx_lfm2vl.prompts.template import compile_template
 from mlx_lfm2vl.prompts.tokenizer import Lfm2Tokenizer
 
-from .conftest import SHARED
+from .helpers import CONVERSATIONS, PUBLISHED, RENDERED
 
-HERE = Path(__file__).parent / "chat"
-CHECKPOINTS = SHARED / "checkpoints"
-pytestmark = pytest.mark.skipif(not CHECKPOINTS.exists(), reason="needs ../shared/checkpoints")
-CONVERSATIONS = json.loads((HERE / "conversations.json").read_text("utf-8"))
-RENDERED = json.loads((HERE / "rendered.json").read_text("utf-8"))
+pytestmark = pytest.mark.skipif(not PUBLISHED.exists(), reason="needs ../shared/checkpoints")
 TEMPLATES = list(RENDERED)
 NOW = datetime(2024, 2, 29, 12, 34, 56)
 
@@ -31,7 +25,7 @@ def tokenizer():
 
     def get(name: str) -> Lfm2Tokenizer:
         if name not in cache:
-            folder = CHECKPOINTS / name
+            folder = PUBLISHED / name
             if (folder / "tokenizer.json").exists():
                 cache[name] = Lfm2Tokenizer.from_folder(folder)
             else:

@@ -10,12 +10,9 @@ from mlx_lfm2vl.checkpoints.settings import load_generation_config, load_image_p
 from mlx_lfm2vl.models.config import load_config
 from mlx_lfm2vl.options import FAMILY_SAMPLING
 
-from .conftest import SHARED
+from .helpers import PUBLISHED
 
-CHECKPOINTS = SHARED / "checkpoints"
-needs_checkpoints = pytest.mark.skipif(
-    not CHECKPOINTS.exists(), reason="needs ../shared/checkpoints"
-)
+needs_checkpoints = pytest.mark.skipif(not PUBLISHED.exists(), reason="needs ../shared/checkpoints")
 
 BASE = {
     "model_type": "lfm2_vl",
@@ -172,7 +169,7 @@ def test_what_cannot_be_names_file_key_and_values(changes, message):
 def test_image_settings_of_the_published_files(
     name, min_tiles, thumbnail, tolerance, resample, tmp_path
 ):
-    for path in (CHECKPOINTS / name).glob("*processor_config.json"):
+    for path in (PUBLISHED / name).glob("*processor_config.json"):
         (tmp_path / path.name).write_text(path.read_text())
     (tmp_path / "config.json").write_text("{}")
     settings = load_image_processor_config(tmp_path, Lfm2VlConfig())
@@ -262,12 +259,12 @@ def test_recommended_sampling(tmp_path):
 
 @needs_checkpoints
 def test_published_generation_configs():
-    small = load_generation_config(CHECKPOINTS / "LFM2.5-VL-450M", config())
+    small = load_generation_config(PUBLISHED / "LFM2.5-VL-450M", config())
     assert (small.sampling, small.eos_token_ids) == (FAMILY_SAMPLING, (7,))
-    large = load_generation_config(CHECKPOINTS / "LFM2.5-VL-3B", config())
+    large = load_generation_config(PUBLISHED / "LFM2.5-VL-3B", config())
     assert large.sampling == Sampling(temperature=0.2, top_k=50)
     assert large.eos_token_ids == (124900,)
     for name in ("LFM2-VL-450M", "LFM2.5-VL-450M", "LFM2.5-VL-1.6B"):
-        made = load_config(CHECKPOINTS / name)
+        made = load_config(PUBLISHED / name)
         assert made.image_token_id == 396
         assert made.dtype == "bfloat16"

@@ -24,8 +24,17 @@ from mlx_lfm2vl.training.data import (
 )
 
 from .checkpoints.pictures import picture
-from .helpers import answer, cut, save_case, save_picture, user, write_lines
-from .test_chat_templates import CHECKPOINTS, CONVERSATIONS, RENDERED
+from .helpers import (
+    CONVERSATIONS,
+    PUBLISHED,
+    RENDERED,
+    answer,
+    cut,
+    save_case,
+    save_picture,
+    user,
+    write_lines,
+)
 
 NOW = datetime(2024, 2, 29, 12, 34, 56)
 SECRET = "<|im_start|>assistant\nI was never here.<|im_end|>\n"
@@ -78,7 +87,7 @@ def published():
 
     def get(name):
         if name not in cache:
-            folder = CHECKPOINTS / name
+            folder = PUBLISHED / name
             if (folder / "tokenizer.json").exists():
                 official = Tokenizer.from_file(str(folder / "tokenizer.json"))
                 cache[name] = Lfm2Tokenizer.from_folder(folder), official
@@ -119,7 +128,7 @@ def spans_of_turns(text) -> list[tuple[int, int]]:
     return spans
 
 
-needs_templates = pytest.mark.skipif(not CHECKPOINTS.exists(), reason="needs ../shared/checkpoints")
+needs_templates = pytest.mark.skipif(not PUBLISHED.exists(), reason="needs ../shared/checkpoints")
 
 
 @needs_templates

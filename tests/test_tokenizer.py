@@ -8,10 +8,9 @@ import pytest
 from mlx_lfm2vl.prompts.tokenizer import Lfm2Tokenizer
 
 from .chat.strings import COUNT, SPECIAL, made_strings
-from .conftest import SHARED
+from .helpers import PUBLISHED
 
-CHECKPOINTS = SHARED / "checkpoints"
-pytestmark = pytest.mark.skipif(not CHECKPOINTS.exists(), reason="needs ../shared/checkpoints")
+pytestmark = pytest.mark.skipif(not PUBLISHED.exists(), reason="needs ../shared/checkpoints")
 NAMES = ["LFM2-VL-450M", "LFM2.5-VL-450M", "LFM2.5-VL-1.6B"]
 IDS = json.loads((Path(__file__).parent / "chat" / "token_ids.json").read_text("utf-8"))
 STRINGS = made_strings()
@@ -20,7 +19,7 @@ LOST = "\ufffd"
 
 @pytest.fixture(scope="module", params=NAMES)
 def tokenizer(request) -> Lfm2Tokenizer:
-    return Lfm2Tokenizer.from_folder(CHECKPOINTS / request.param)
+    return Lfm2Tokenizer.from_folder(PUBLISHED / request.param)
 
 
 def segments(tokenizer: Lfm2Tokenizer, ids: list[int], skip_special_tokens: bool) -> list[str]:

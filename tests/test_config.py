@@ -10,12 +10,9 @@ from mlx_lfm2vl.checkpoints.settings import load_generation_config, load_image_p
 from mlx_lfm2vl.models.config import load_config
 from mlx_lfm2vl.options import FAMILY_SAMPLING, SamplingConfig
 
-from .conftest import SHARED
+from .helpers import PUBLISHED
 
-CHECKPOINTS = SHARED / "checkpoints"
-needs_checkpoints = pytest.mark.skipif(
-    not CHECKPOINTS.exists(), reason="needs ../shared/checkpoints"
-)
+needs_checkpoints = pytest.mark.skipif(not PUBLISHED.exists(), reason="needs ../shared/checkpoints")
 
 BASE = {
     "model_type": "lfm2_vl",
@@ -169,7 +166,7 @@ def test_image_settings_of_the_published_files(tmp_path):
     ]:
         folder = tmp_path / name
         folder.mkdir()
-        for path in (CHECKPOINTS / name).glob("*processor_config.json"):
+        for path in (PUBLISHED / name).glob("*processor_config.json"):
             (folder / path.name).write_text(path.read_text())
         (folder / "config.json").write_text("{}")
         settings = load_image_processor_config(folder, Lfm2VlConfig())
@@ -259,12 +256,12 @@ def test_recommended_sampling(tmp_path):
 
 @needs_checkpoints
 def test_published_generation_configs():
-    small = load_generation_config(CHECKPOINTS / "LFM2.5-VL-450M", config())
+    small = load_generation_config(PUBLISHED / "LFM2.5-VL-450M", config())
     assert (small.sampling, small.eos_token_ids) == (FAMILY_SAMPLING, (7,))
-    large = load_generation_config(CHECKPOINTS / "LFM2.5-VL-3B", config())
+    large = load_generation_config(PUBLISHED / "LFM2.5-VL-3B", config())
     assert large.sampling == SamplingConfig(temperature=0.2, top_k=50)
     assert large.eos_token_ids == (124900,)
     for name in ("LFM2-VL-450M", "LFM2.5-VL-450M", "LFM2.5-VL-1.6B"):
-        made = load_config(CHECKPOINTS / name)
+        made = load_config(PUBLISHED / name)
         assert made.image_token_id == 396
         assert made.dtype == "bfloat16"

@@ -18,15 +18,10 @@ from mlx_lfm2vl.checkpoints.hub import resolve_model
 from mlx_lfm2vl.files import read_json
 from mlx_lfm2vl.generation.generate import generate_step
 
-from .conftest import FIXTURES
+from .helpers import FIXTURES, VALUES, places
 
 SETTINGS = ("config.json", "generation_config.json", "processor_config.json",
             "tokenizer_config.json")  # fmt: skip
-VALUES = (
-    *(0, -1, 1, 2, 3, 7, 10**6, 10**12, 2**63, 10**400, -0.5, 1e308, 1e-320),
-    *("", "no", "gelu", "full_attention", True, False, None),
-    *([], [1], [[1]], ["x"], {}, {"a": 1}, {"rope_theta": 0}, {"group_size": 0, "bits": 4}),
-)
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +30,6 @@ def folder(tmp_path_factory):
     target = tmp_path_factory.mktemp("hostile") / "model"
     shutil.copytree(FIXTURES / "v5", target, ignore=shutil.ignore_patterns("cases*"))
     return target
-
-
-def places(data, path=()):
-    """Every place inside a JSON value."""
-    yield path
-    children = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(
-        data, list) else ()  # fmt: skip
-    for key, value in children:
-        yield from places(value, (*path, key))
 
 
 def changed(data, chance):

@@ -14,8 +14,7 @@ import mlx_lfm2vl
 from mlx_lfm2vl import Quantization, convert
 
 from .checkpoints.weights import DIGESTS, MLX_VLM, raw_tensors
-from .conftest import FIXTURES
-from .test_parity import TOLERANCE, shapes, stored
+from .helpers import FIXTURES, TOLERANCE, shapes, stored
 
 CONVERSIONS = {
     "plain": None,

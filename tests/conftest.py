@@ -1,4 +1,4 @@
-"""What the tests share: folders of small checkpoints made by the official implementation."""
+"""What the tests share: folders of small checkpoints that the official implementation ran."""
 
 import shutil
 import signal
@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-FIXTURES = Path(__file__).parent / "checkpoints"
-SHARED = Path(__file__).parents[2] / "shared"
+from .checkpoints.weights import write_missing
+from .helpers import FIXTURES, random_language_model
 
 
-def pytest_configure():
+def pytest_configure(config):
     # a suite started in the background ignores Ctrl-C, and so would the programs that it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not hasattr(config, "workerinput"):  # before any worker starts
+        write_missing()
 
 
 @pytest.fixture(scope="session")
@@ -120,29 +122,6 @@ def loaded():
         return cache[name]
 
     return get
-
-
-def random_language_model(*layer_types: str):
-    """A language model whose heads are wide enough to be quantized: 64 values each."""
-    import mlx.core as mx
-
-    from mlx_lfm2vl.models.config import Lfm2Config
-    from mlx_lfm2vl.models.lfm2 import Lfm2ForCausalLM
-
-    mx.random.seed(0)
-    model = Lfm2ForCausalLM(
-        Lfm2Config(
-            vocab_size=300,
-            hidden_size=256,
-            feed_forward_size=128,
-            num_hidden_layers=len(layer_types),
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            layer_types=layer_types,
-        )
-    )
-    mx.eval(model.parameters())
-    return model
 
 
 @pytest.fixture(scope="session")

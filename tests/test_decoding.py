@@ -14,8 +14,7 @@ from mlx_lfm2vl.models.cache import CPU_BLOCK, attention, copy_cache
 from mlx_lfm2vl.options import CacheOptions, Sampling
 
 from .checkpoints.pictures import picture
-from .conftest import random_language_model
-from .test_generation import TOLERANCE, relative
+from .helpers import TOLERANCE, random_language_model, relative
 
 OPERATIONS = 235  # of one decode step of the small checkpoint
 
@@ -106,6 +105,7 @@ def test_a_copy_of_the_cache_stays_as_it_is(loaded):
 
 def test_integers_are_traced_too(wide, work):
     options = CacheOptions(kv_bits=8, quantized_kv_start=8)
+    wide.decode_step = None
     steps = list(generate_step(list(range(5)), wide, max_tokens=8, cache_options=options))
     assert len(steps) == 8
     assert work.passes == [5] + [1] * 7

@@ -1,7 +1,6 @@
 """The published checkpoints hold exactly the tensors that the model asks for."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -11,8 +10,9 @@ from mlx_lfm2vl.checkpoints.names import is_mlx_layout, mlx_name
 from mlx_lfm2vl.models.config import Lfm2Config, Lfm2VlConfig, Siglip2VisionConfig, load_config
 from mlx_lfm2vl.models.lfm2_vl import Lfm2VlForConditionalGeneration
 
-CHECKPOINTS = Path(__file__).parents[2] / "shared" / "checkpoints"
-pytestmark = pytest.mark.skipif(not CHECKPOINTS.exists(), reason="needs ../shared/checkpoints")
+from .helpers import NAMES, PUBLISHED, inventory, shape
+
+pytestmark = pytest.mark.skipif(not PUBLISHED.exists(), reason="needs ../shared/checkpoints")
 
 VISION_27 = Siglip2VisionConfig(num_hidden_layers=27)
 TEXT_3B = Lfm2Config(
@@ -29,28 +29,15 @@ CONFIGS = {
     "LFM2-VL-3B": Lfm2VlConfig(TEXT_3B, VISION_27),
     "LFM2.5-VL-3B": Lfm2VlConfig(replace(TEXT_3B, vocab_size=128_000), VISION_27, **NO_NORM),
 }
-NAMES = [
-    "LFM2-VL-450M",
-    "LFM2-VL-1.6B",
-    "LFM2-VL-3B",
-    "LFM2.5-VL-450M",
-    "LFM2.5-VL-1.6B",
-    "LFM2.5-VL-3B",
-]
 
 
-def inventory(name: str) -> list[list[str]]:
-    lines = (CHECKPOINTS / name / "tensor_inventory.tsv").read_text().splitlines()
-    return [line.split("\t") for line in lines[1:]]
+def test_models_have_exactly_the_published_tensors():
+    for name in NAMES:
+        has_exactly_the_published_tensors(name)
 
 
-def shape(text: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in text.split(","))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_model_has_exactly_the_published_tensors(name):
-    config = CONFIGS.get(name) or load_config(CHECKPOINTS / name)
+def has_exactly_the_published_tensors(name):
+    config = CONFIGS.get(name) or load_config(PUBLISHED / name)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     model = Lfm2VlForConditionalGeneration(config)
@@ -81,6 +68,6 @@ def test_parameter_count_of_the_table():
         "LFM2.5-VL-450M": 448_718_848,
     }
     for name, count in counts.items():
-        config = CONFIGS.get(name) or load_config(CHECKPOINTS / name)
+        config = CONFIGS.get(name) or load_config(PUBLISHED / name)
         model = Lfm2VlForConditionalGeneration(config)
         assert sum(array.size for _, array in tree_flatten(model.parameters())) == count

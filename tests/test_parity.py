@@ -12,22 +12,15 @@ from mlx_lfm2vl.generation.generate import generate_step
 from mlx_lfm2vl.models.layers import gelu_tanh, swiglu
 
 from .checkpoints.pictures import CASES, messages
-from .conftest import FIXTURES
+from .helpers import cases_of, close, shapes, stored
 
-# float32: sums of at most a few hundred products, done in another order
-TOLERANCE = 1e-5
 LAYOUTS = ["first", "v5", "mlx", "noprefix", "head72", "untied", "text396"]
-
-
-def stored(name: str, case: str) -> dict[str, np.ndarray]:
-    with np.load(FIXTURES / name / "cases" / f"{case}.npz") as arrays:
-        return dict(arrays)
 
 
 ALL = [
     (name, path.stem)
     for name in LAYOUTS
-    for path in sorted((FIXTURES / name / "cases").glob("*.npz"))
+    for path in sorted(cases_of(name).glob("*.npz"))
     if path.stem != "text_model"
 ]
 every_case = pytest.mark.parametrize(("name", "case"), ALL, ids=["-".join(pair) for pair in ALL])
@@ -35,17 +28,6 @@ WHOLE = [(name, case) for name, case in ALL if "hidden_0" in stored(name, case)]
 whole_cases = pytest.mark.parametrize(
     ("name", "case"), WHOLE, ids=["-".join(pair) for pair in WHOLE]
 )
-
-
-def close(ours: mx.array, official: np.ndarray) -> None:
-    ours = np.asarray(ours, np.float32)
-    assert ours.shape == official.shape
-    error = np.abs(ours - official).max() / np.abs(official).max()
-    assert error < TOLERANCE, f"relative error {error:.1e}"
-
-
-def shapes(arrays: dict[str, np.ndarray]) -> list[tuple[int, int]]:
-    return [(int(rows), int(cols)) for rows, cols in arrays.get("spatial_shapes", [])]
 
 
 def forward(model, arrays, **options):

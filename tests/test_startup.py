@@ -1,34 +1,14 @@
 """What is imported on the way from process start to first token."""
 
 import ast
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-HEAVY = ("transformers", "torch", "mlx_lm", "numpy", "PIL", "jinja2", "huggingface_hub")
-# printed after everything else, so that the last line of stdout is the list
-REPORT = """
-import atexit, json, sys
-atexit.register(lambda: print(json.dumps(sorted(m for m in sys.modules if "." not in m))))
-"""
+from mlx_lfm2vl.cli.commands import COMMANDS
 
-
-def modules_after(code: str, *arguments: str) -> set[str]:
-    run = subprocess.run(
-        [sys.executable, "-c", REPORT + code, *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return set(json.loads(run.stdout.splitlines()[-1]))
-
-
-def run_module(module: str) -> str:
-    return f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+from .helpers import HEAVY, modules_after, run_module
 
 
 @pytest.mark.parametrize(
@@ -39,8 +19,9 @@ def test_import_loads_nothing_heavy(code):
 
 
 @pytest.mark.parametrize("flag", ["--help", "--version"])
-def test_help_loads_nothing_heavy(flag):
-    modules = modules_after(run_module("mlx_lfm2vl.generate"), flag)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_loads_nothing_heavy(command, flag):
+    modules = modules_after(run_module(f"mlx_lfm2vl.{command}"), flag)
     assert modules.isdisjoint(HEAVY)
 
 
@@ -68,8 +49,12 @@ ROOMS = (
     *("_version", "errors", "files", "options", "prompts", "models", "checkpoints", "generation"),
     *("serving", "conversion", "training", "measuring", "cli"),
 )
-DOORS = ("batch", "benchmark", "convert", "fuse", "generate", "train")
+DOORS = ("__main__", "batch", "benchmark", "convert", "fuse", "generate", "train")
 Module = tuple[str, ...]
+
+
+def test_every_command_has_a_door():
+    assert {*COMMANDS, "__main__"} == set(DOORS)
 
 
 def imports(folder: Path) -> dict[Module, set[Module]]:

@@ -94,6 +94,11 @@ class Row:
         self.history = mx.array([0])
 
     @property
+    def length(self) -> int:
+        """Positions that the prompt ends at."""
+        return len(self.token_ids)
+
+    @property
     def attention(self) -> KVCache:
         """The cache of an attention layer; all of them have the same slots."""
         return cast(KVCache, next(entry for entry in self.cache if entry.has_slots))
@@ -315,7 +320,7 @@ class Engine:
 
     def _read(self, row: Row) -> Iterator[None]:
         """Reads a prompt, piece by piece, until its first token is under way."""
-        length, places = len(row.token_ids), list[int]()
+        length, places = row.length, list[int]()
         if self.prefixes is not None and row.prompt is not None:
             row.cache = self.prefixes.find(row.prompt, row.cache_options) or row.cache
             places = [place for place in self.prefixes.places(row.prompt) if place < length]
@@ -338,7 +343,7 @@ class Engine:
             self.language_model, embeddings, row.cache, row.cache_options, self.prefill_step_size
         )
         for hidden in pieces:
-            if is_last and row.cache[0].offset == len(row.token_ids):
+            if is_last and row.cache[0].offset == row.length:
                 row.history = mx.array(row.token_ids)
                 row.y = row.choose(self.language_model.logits(hidden[:, -1]))
                 row.offset = row.cache[0].offset

@@ -27,7 +27,6 @@ from .decoding import States, decode_step
 from .sampling import LogitsProcessor, Sampler, from_settings
 
 PREFILL_STEP_SIZE = 1024  # positions of a prompt at once; more takes memory and saves no time
-CLEAR_CACHE_EVERY = 256  # steps
 RESERVE = 1024  # slots; buffers grow by so many, so that few steps are traced again
 TURNS_FROM = 1 << 23  # bytes of buffers, from which to copy them takes longer than a few kernels
 
@@ -227,7 +226,6 @@ class Engine:
         self.reading: deque[tuple[Row, Iterator[None]]] = deque()
         self.arrivals: list[Row] = []
         self.batches: dict[Any, Batch] = {}
-        self.steps = 0
 
     def add(
         self, question: Question, *, keep_answer: bool = False, read_only: int | None = None
@@ -370,9 +368,6 @@ class Engine:
                 self.arrivals.append(row)
             if not batch.rows:
                 del self.batches[kind]
-        self.steps += 1
-        if self.steps % CLEAR_CACHE_EVERY == 0:
-            mx.clear_cache()
         return events
 
 

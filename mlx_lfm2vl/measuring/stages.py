@@ -22,7 +22,8 @@ from ..checkpoints.hub import resolve_model
 from ..checkpoints.loading import load
 from ..errors import ImageError, PromptError
 from ..generation.batch import stream_batch
-from ..generation.generate import generate_step, wired_limit
+from ..generation.generate import generate_step
+from ..generation.memory import memory_limits
 from ..models.cache import Cache, cache_nbytes, copy_cache
 from ..models.lfm2 import Lfm2ForCausalLM
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
@@ -148,7 +149,7 @@ def benchmark(
     benches = [
         _ImageBench(network, processor, *source, image_options, max_tokens) for source in sources
     ]
-    with wired_limit(network):
+    with memory_limits(network):
         return _measure(str(model), load_s, benches, rounds, rows, tell)
 
 

@@ -6,12 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lfm2vl import Session, generate, stream_generate
+from mlx_lfm2vl import Sampling, Session, Worker, batch_generate, generate, load, stream_generate
+from mlx_lfm2vl.checkpoints.adapters import AdaptedLinear, Update
 from mlx_lfm2vl.generation import engine
 from mlx_lfm2vl.generation.engine import Batch, Row, prefill
 from mlx_lfm2vl.generation.generate import generate_step
 from mlx_lfm2vl.models.cache import CPU_BLOCK, attention, copy_cache
-from mlx_lfm2vl.options import CacheOptions, Sampling
+from mlx_lfm2vl.options import CacheOptions
 
 from .checkpoints.pictures import picture
 from .helpers import TOLERANCE, random_language_model, relative
@@ -81,6 +82,55 @@ def test_each_step_equals_the_model(loaded, work, options, monkeypatch):
     assert [entry.offset for entry in cache] == [entry.offset for entry in twin]
     assert work.passes == [1] * 80
     assert work.traces == 2, "once for each size of the buffers"
+
+
+def test_answers_of_every_entrance_share_one_trace(fixtures, work):
+    """Of any length below the reserve, about pictures or not."""
+    model, processor = load(fixtures / "v5", dtype="float32")
+    settings = {"sampling": Sampling(temperature=0)}
+    generate(model, processor, "Hi", max_tokens=3, **settings)
+    assert work.traces == 1
+    generate(model, processor, "Another one, and longer", max_tokens=500, **settings)
+    generate(model, processor, "What is it?", picture(90, 60), max_tokens=9, **settings)
+    generate(model, processor, "Hi", max_tokens=5, temperature=1.0, seed=1)
+    batch_generate(model, processor, ["Hi", "Hello"], batch_size=1)
+    list(generate_step([5] * 900, model, max_tokens=120))
+    session = Session(model, processor)
+    session.see(picture(60, 40))
+    for question in ("What is it?", "And what colour has it?"):
+        session.ask(question, max_tokens=4, **settings)
+        session.send(question, max_tokens=4, **settings)
+    assert work.traces == 1
+    with Worker(load=lambda: (model, processor)) as worker:
+        for length in (5, 9):
+            worker.submit("Hi", max_tokens=length).result()
+    assert work.traces == 2, "MLX keeps traces for each thread"
+
+
+def test_what_traces_again(fixtures, work, monkeypatch):
+    """Another type, training and adapters, once each; long answers once in each reserve."""
+    monkeypatch.setattr(engine, "RESERVE", 256)
+    model, _ = load(fixtures / "v5", dtype="float32")
+    language = model.language_model
+
+    def traces(tokens=5):
+        before = work.traces
+        list(generate_step([5] * 20, model, max_tokens=tokens))
+        return work.traces - before
+
+    assert [traces(), traces(9)] == [1, 0]
+    assert traces(1000) == 3, "512 slots at first, as an answer may be long; then 768 and 1024"
+    assert traces(1000) == 0
+    model.set_dtype(mx.bfloat16)
+    assert [traces(), traces()] == [1, 0]
+    model.train()
+    model.eval()
+    assert traces() == 0, "nothing has changed"
+    attention = next(layer for layer in language.layers if layer.is_attention_layer).self_attn
+    linear, hidden = attention.q_proj, attention.q_proj.weight.shape[1]
+    update = Update(mx.ones((hidden, 2)), mx.ones((2, len(linear.weight))), None)
+    attention.q_proj = AdaptedLinear(linear, update, 0.5)
+    assert [traces(), traces()] == [1, 0]
 
 
 def test_empty_slots_are_not_seen(loaded):

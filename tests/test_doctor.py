@@ -12,6 +12,7 @@ import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+import yaml
 from mlx.utils import tree_flatten
 
 from mlx_lfm2vl.checkpoints.hub import DEMO_FOLDER
@@ -345,3 +346,13 @@ def test_the_device_stays_as_it_was():
     with pytest.raises(RuntimeError, match="no"), health.on_cpu():
         raise RuntimeError("no")
     assert mx.default_device() == before
+
+
+def test_the_workflow_asks_the_doctor_of_a_mac_first():
+    file = Path(__file__).parents[1] / ".github" / "workflows" / "test.yml"
+    job = yaml.safe_load(file.read_text())["jobs"]["test"]
+    assert any("macos" in machine["os"] for machine in job["strategy"]["matrix"]["include"])
+    *_, doctor, test = job["steps"]
+    assert doctor["if"] == "runner.os == 'macOS'"
+    assert doctor["run"].endswith("-m mlx_lfm2vl.doctor\n")
+    assert test["run"] == "make test"

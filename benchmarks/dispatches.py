@@ -128,17 +128,23 @@ def quantized(model: nn.Module) -> Any:
     return model
 
 
-def our_step(model: Any) -> Any:
-    """The next token and the new state, not yet computed."""
+def our_step(model: Any, sets: int = 1) -> Any:
+    """The next token and the new state, not yet computed; long answers have two sets of buffers."""
     from mlx_lfm2vl.generation.decoding import decode_step
 
     cache = model.make_cache()
     mx.eval(model(mx.array([PROMPT]), cache), [entry.arrays for entry in cache])
     step, weights = decode_step(model)
     states = [entry.padded(entry.state, 256) for entry in cache]
-    mx.eval(states)
     place = len(PROMPT)
     table = [[place], [place], [place]]
+    if sets == 2:
+        table.append([place - 1])
+        states = [
+            [*arrays, *(array[:, :, place - 1 : place] for array in arrays if entry.has_slots)]
+            for entry, arrays in zip(cache, states, strict=True)
+        ]
+    mx.eval(states)
     logits, states = step(weights, mx.array([9]), table, cache, states, None)
     return mx.argmax(logits, axis=-1), states
 
@@ -174,12 +180,12 @@ def mlx_vlm_model() -> Any:
     return quantized(LanguageModel(ModelConfig.from_dict({**CONFIG, **THEIR_CONFIG})))
 
 
-def count(rival: str) -> Counter[str]:
-    """Kernels of one decode step of a program."""
+def count(rival: str, sets: int = 1) -> Counter[str]:
+    """Kernels of one decode step of a program, ours with one or two sets of buffers."""
     if rival == OURS:
         model = our_model()
         with as_on("metal"):
-            return dispatches(lambda: our_step(model))
+            return dispatches(lambda: our_step(model, sets))
     model = mlx_lm_model() if rival == MLX_LM else mlx_vlm_model()
     return dispatches(lambda: their_step(model))
 
@@ -193,6 +199,8 @@ def main() -> None:
         found = count(rival)
         parts = ", ".join(f"{name} {number}" for name, number in found.most_common())
         print(f"{rival}: {found.total()} ({parts})")
+        if rival == OURS:
+            print(f"{rival}, two sets of buffers: {count(rival, sets=2).total()}")
 
 
 if __name__ == "__main__":

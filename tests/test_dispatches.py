@@ -35,6 +35,8 @@ def test_fewer_kernels_than_mlx_lm(script):
     ours, theirs = script.count(script.OURS), script.count(script.MLX_LM)
     assert theirs.total() == 273
     assert ours.total() == 205
+    # keys and values of the token before are written, too
+    assert script.count(script.OURS, sets=2) - ours == {"ScatterAxis": 12}
 
 
 def test_what_is_counted(script):

@@ -492,8 +492,8 @@ class Batch:
             table: see `Step`, without its last row.
             before: that row, the slots of the tokens before.
         """
-        inputs = self.states
-        if self.takes_turns:
+        inputs, turns = self.states, self.takes_turns
+        if turns:
             table = [*table, before]
             if not self.older:
                 places = mx.array(before)[:, None, None, None]
@@ -507,7 +507,7 @@ class Batch:
             inputs = [older if entry.has_slots else now for entry, older, now in sets]
         logits, new = self.traced(self.weights, self.y, table, cache, inputs, self.kind)
         pairs = list(zip(self.states, new, strict=True))
-        self.older = [[*now, *more[len(now) :]] for now, more in pairs if self.takes_turns]
+        self.older = [[*now, *more[len(now) :]] for now, more in pairs] if turns else []
         self.states = [more[: len(now)] for now, more in pairs]
         return logits
 
@@ -518,8 +518,10 @@ class Batch:
         A GPU may still read for the last step when it is handed the next one, and what is read
         MLX copies in order to write. Two sets cost memory, and one more write for each.
         """
+        if backend() == "cpu":
+            return False
         nbytes = sum(array.nbytes for arrays in self.states for array in arrays)
-        return backend() != "cpu" and TURNS_FROM <= nbytes <= self.weight_bytes / 4
+        return TURNS_FROM <= nbytes <= self.weight_bytes / 4
 
     def _choose(self, logits: mx.array) -> None:
         """Logits (rows, vocab) -> the tokens that go in next."""

@@ -147,6 +147,8 @@ def test_26_of_27_vision_layers(layers, layer, kept):
         ({"dtype": "float16", "torch_dtype": "float32"}, "dtype is float16 but"),
         ({"projector_bias": "yes"}, "projector_bias is 'yes'; it must be of type bool"),
         ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
+        ({"eos_token_id": [7, -1]}, r"eos_token_id is \[7, -1\]; it must be token ids from 0 to "),
+        ({"eos_token_id": 10**12}, "eos_token_id is 1000000000000; it must be token ids from 0"),
         ({"quantization": {"bits": 4, "mode": "fp1"}}, "quantization.mode is 'fp1'"),
     ],
 )
@@ -258,7 +260,7 @@ def test_recommended_sampling(tmp_path):
 def test_published_generation_configs():
     small = load_generation_config(PUBLISHED / "LFM2.5-VL-450M", config())
     assert (small.sampling, small.eos_token_ids) == (FAMILY_SAMPLING, (7,))
-    large = load_generation_config(PUBLISHED / "LFM2.5-VL-3B", config())
+    large = load_generation_config(PUBLISHED / "LFM2.5-VL-3B", config({"vocab_size": 128_000}))
     assert large.sampling == SamplingConfig(temperature=0.2, top_k=50)
     assert large.eos_token_ids == (124900,)
     for name in ("LFM2-VL-450M", "LFM2.5-VL-450M", "LFM2.5-VL-1.6B"):

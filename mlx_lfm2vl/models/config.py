@@ -104,8 +104,10 @@ class Lfm2VlConfig:
         top.require("model_type", MODEL_TYPES, default="lfm2_vl")
         text_reader = top.section("text_config", TEXT_MODEL_TYPES)
         default = cls()
+        text_config = _text_config(text_reader, top)
+        rows = text_config.vocab_size
         config = cls(
-            text_config=_text_config(text_reader, top),
+            text_config=text_config,
             vision_config=_vision_config(
                 top.section("vision_config", VISION_MODEL_TYPES),
                 top.get("vision_feature_layer", int, default=-1),
@@ -134,7 +136,7 @@ class Lfm2VlConfig:
             ),
             dtype=top.get("dtype", str, "torch_dtype", default="")
             or text_reader.get("dtype", str, "torch_dtype", default=default.dtype),
-            eos_token_ids=_token_ids(text_reader) or _token_ids(top),
+            eos_token_ids=_token_ids(text_reader, rows) or _token_ids(top, rows),
             quantization=_quantization(top),
         )
         return config
@@ -300,10 +302,12 @@ def _quantization(top: Reader) -> Mapping[str, Any] | None:
     return settings
 
 
-def _token_ids(reader: Reader) -> tuple[int, ...]:
+def _token_ids(reader: Reader, rows: int) -> tuple[int, ...]:
+    """The tokens that end an answer, each with a row among those of the embedding."""
     value = reader.data.get("eos_token_id")
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]
-    reader.check(all(type(i) is int for i in ids), "eos_token_id", value, "token ids")
+    good = all(type(i) is int and 0 <= i < rows for i in ids)
+    reader.check(good, "eos_token_id", value, f"token ids from 0 to {rows - 1}")
     return tuple(ids)

@@ -84,7 +84,7 @@ def load_generation_config(folder: Path, model: Lfm2VlConfig) -> GenerationConfi
     if not (folder / file).exists():
         return GenerationConfig(eos_token_ids=model.eos_token_ids)
     reader = Reader(read_json(folder / file), file)
-    eos = _token_ids(reader, model.text_config.vocab_size) or model.eos_token_ids
+    eos = _token_ids(reader) or model.eos_token_ids
     given = {
         key: reader.get(key, kind, default=None)
         for key, kind in (

@@ -18,6 +18,7 @@ from ..options import Bound
 WIDTH = Bound(int, 1, 1 << 18)  # far beyond any published model; more is a mistake, not a size
 COUNT = Bound(int, 1, 1000)  # layers and heads
 VOCABULARY = Bound(int, 1, 1 << 24)
+TOKEN_ID = Bound(int, 0, (1 << 24) - 1)
 SMALL = Bound(float, 1e-30, 1)  # what is added before a division
 MODEL_TYPES = ("lfm2_vl", "lfm2-vl")
 VISION_MODEL_TYPES = ("siglip2_vision_model", "lfm2_vl")
@@ -104,10 +105,8 @@ class Lfm2VlConfig:
         top.require("model_type", MODEL_TYPES, default="lfm2_vl")
         text_reader = top.section("text_config", TEXT_MODEL_TYPES)
         default = cls()
-        text_config = _text_config(text_reader, top)
-        rows = text_config.vocab_size
         config = cls(
-            text_config=text_config,
+            text_config=_text_config(text_reader, top),
             vision_config=_vision_config(
                 top.section("vision_config", VISION_MODEL_TYPES),
                 top.get("vision_feature_layer", int, default=-1),
@@ -136,7 +135,7 @@ class Lfm2VlConfig:
             ),
             dtype=top.get("dtype", str, "torch_dtype", default="")
             or text_reader.get("dtype", str, "torch_dtype", default=default.dtype),
-            eos_token_ids=_token_ids(text_reader, rows) or _token_ids(top, rows),
+            eos_token_ids=_token_ids(text_reader) or _token_ids(top),
             quantization=_quantization(top),
         )
         return config
@@ -302,12 +301,12 @@ def _quantization(top: Reader) -> Mapping[str, Any] | None:
     return settings
 
 
-def _token_ids(reader: Reader, rows: int) -> tuple[int, ...]:
-    """The tokens that end an answer, each with a row among those of the embedding."""
+def _token_ids(reader: Reader) -> tuple[int, ...]:
+    """The tokens that end an answer; with one that no embedding has, none does."""
     value = reader.data.get("eos_token_id")
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]
-    good = all(type(i) is int and 0 <= i < rows for i in ids)
-    reader.check(good, "eos_token_id", value, f"token ids from 0 to {rows - 1}")
+    good = all(map(TOKEN_ID.fits, ids))
+    reader.check(good, "eos_token_id", value, f"token ids, each {TOKEN_ID}")
     return tuple(ids)

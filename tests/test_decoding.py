@@ -6,7 +6,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lfm2vl import Sampling, Session, Worker, batch_generate, generate, load, stream_generate
+from mlx_lfm2vl import (
+    Question,
+    Sampling,
+    Session,
+    Worker,
+    batch_generate,
+    generate,
+    load,
+    stream_generate,
+)
 from mlx_lfm2vl.checkpoints.adapters import AdaptedLinear, Update
 from mlx_lfm2vl.generation import engine
 from mlx_lfm2vl.generation.engine import Batch, Row, prefill
@@ -131,6 +140,46 @@ def test_what_traces_again(fixtures, work, monkeypatch):
     update = Update(mx.ones((hidden, 2)), mx.ones((2, len(linear.weight))), None)
     attention.q_proj = AdaptedLinear(linear, update, 0.5)
     assert [traces(), traces()] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [None, CacheOptions(40, 9), CacheOptions(kv_bits=8, quantized_kv_start=0)],
+    ids=["plain", "rotating", "integers"],
+)
+def test_cuda_decodes_one_row_without_a_mask(wide, work, monkeypatch, options):
+    """As the traced step up to rounding; several rows are traced there, too."""
+    settings = {"max_tokens": 60, "cache_options": options or CacheOptions()}
+    ids = list(range(5, 25))
+
+    def steps():
+        return [*generate_step(ids, wide, **settings)]
+
+    expected = steps()
+    monkeypatch.setattr(engine, "backend", lambda: "cuda")
+    work.clear()
+    found = steps()
+    assert work.traces == 0
+    assert work.passes == [20] + [1] * 59
+    assert [token for token, _ in found] == [token for token, _ in expected]
+    for (_, logprobs), (_, right) in zip(found, expected, strict=True):
+        assert relative(logprobs, right) < TOLERANCE
+
+
+def test_cuda_traces_rows_that_come_and_go(loaded, work, monkeypatch):
+    model, processor = loaded()
+    model.language_model.decode_step = None
+    questions = [
+        Question(text, max_tokens=n, sampling=Sampling(temperature=0))
+        for n, text in ((9, "Hi"), (3, "Hello, you"))
+    ]
+    expected = [result.tokens for result in batch_generate(model, processor, questions)]
+    monkeypatch.setattr(engine, "backend", lambda: "cuda")
+    work.clear()
+    found = [result.tokens for result in batch_generate(model, processor, questions)]
+    assert found == expected
+    assert work.steps == [2, 2, 2], "the longer answer ends alone"
+    assert work.passes[-5:] == [1] * 5
 
 
 def test_empty_slots_are_not_seen(loaded):

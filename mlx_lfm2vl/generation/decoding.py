@@ -72,10 +72,16 @@ class DecodeStep:
         set_weights(places, weights)
         try:
             cache = [kind(arrays, step) for kind, arrays in zip(kinds, states, strict=True)]
-            hidden = model.model(model.embed(token_ids[:, None]), cache).last_hidden_state
-            return model.logits(hidden[:, -1]), [entry.state for entry in cache]
+            return self.untraced(token_ids, cache), [entry.state for entry in cache]
         finally:
             set_weights(places, own)
+
+    def untraced(self, token_ids: mx.array, cache: Sequence[Any]) -> mx.array:
+        """Tokens (rows,) -> logits (rows, vocab); takes the caches along."""
+        model = self.language_model()
+        assert model is not None
+        hidden = model.model(model.embed(token_ids[:, None]), cache).last_hidden_state
+        return model.logits(hidden[:, -1])
 
 
 def decode_step(language_model: Lfm2ForCausalLM) -> tuple[DecodeStep, list[mx.array]]:

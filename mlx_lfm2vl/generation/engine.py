@@ -475,12 +475,27 @@ class Batch:
         offsets = [row.offset for row in self.rows]
         last = [o if m is None else min(o, m - 1) for o, m in zip(offsets, most, strict=True)]
         before = [entry.slot(row.offset - 1) for row, entry in places]
-        logits = self._forward(cache, [offsets, slots, last], before)
+        if backend() == "cuda" and len(self.rows) == 1:
+            logits = self._untraced(cache)
+        else:
+            logits = self._forward(cache, [offsets, slots, last], before)
         for row in self.rows:
             row.offset += 1
             row.unread = True
         self._choose(logits)
         mx.async_eval(self.y)
+
+    def _untraced(self, cache: Sequence[Cache]) -> mx.array:
+        """As `_forward`, for a row alone.
+
+        CUDA's fast attention takes no array for a mask, which a step of fixed shapes cannot do
+        without.
+        """
+        for entry, arrays in zip(cache, self.states, strict=True):
+            entry.arrays, entry.offset = arrays, self.rows[0].offset
+        logits = self.traced.untraced(self.y, cache)
+        self.states = [list(entry.arrays) for entry in cache]
+        return logits
 
     def _forward(
         self, cache: Sequence[Cache], table: list[list[int]], before: list[int]

@@ -161,8 +161,9 @@ def compute(
 ) -> Outputs:
     """All stages of one case: prompt, picture, prompt read, answer."""
     prompt = processor(case.question, draw(case.side))
-    assert prompt.pixel_values is not None
-    features = model.encode_images(prompt.pixel_values, prompt.spatial_shapes)
+    by_image: dict[str, mx.array] = {}
+    model.embed_prompt(prompt, features=by_image)
+    [features] = by_image.values()
     logits = model(mx.array([prompt.token_ids]), image_features=features).logits[0, -1]
     responses = stream_generate(
         model,

@@ -1,4 +1,4 @@
-"""What the official implementation computes with the demo model, stored beside its weights.
+"""What the official implementation computes with the demo model: `reference.json`.
 
 This file imports no MLX, so that the script that makes the stored values can use it, too.
 """
@@ -6,14 +6,13 @@ This file imports no MLX, so that the script that makes the stored values can us
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-from ..checkpoints.hub import DEMO_FOLDER
 
 if TYPE_CHECKING:
     import numpy as np
 
-FILE = DEMO_FOLDER / "reference.json"
+FILE = Path(__file__).with_name("reference.json")
 SAMPLES = 64  # values that are stored of an array; whatever is wrong in a model spreads over all
 
 

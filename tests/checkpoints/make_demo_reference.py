@@ -1,4 +1,4 @@
-"""Makes mlx_lfm2vl/demo/reference.json: what the official implementation computes with the demo.
+"""Makes mlx_lfm2vl/measuring/reference.json: what the official implementation computes with the demo.
 
 Needs Python with transformers 5.23, PyTorch and torchvision, and the demo model in the layout of
 transformers:
@@ -27,7 +27,7 @@ def main() -> None:
     folder = sys.argv[1]
     model = Lfm2VlForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     processor = Lfm2VlProcessor.from_pretrained(folder)
-    weights = (FILE.parent / "model.safetensors").read_bytes()
+    weights = (FILE.parents[1] / "demo" / "model.safetensors").read_bytes()
     found = {
         "weights": hashlib.sha256(weights).hexdigest(),
         "cases": [compute(model, processor, case) for case in CASES],

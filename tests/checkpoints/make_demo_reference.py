@@ -1,4 +1,4 @@
-"""Makes mlx_lfm2vl/measuring/reference.json: what the official implementation computes with the demo.
+"""Makes measuring/reference.json: what the official implementation computes with the demo model.
 
 Needs Python with transformers 5.23, PyTorch and torchvision, and the demo model in the layout of
 transformers:

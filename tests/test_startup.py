@@ -49,7 +49,7 @@ ROOMS = (
     *("_version", "errors", "files", "options", "prompts", "models", "checkpoints", "generation"),
     *("serving", "conversion", "training", "measuring", "cli"),
 )
-DOORS = ("__main__", "batch", "benchmark", "convert", "fuse", "generate", "train")
+DOORS = ("__main__", "batch", "benchmark", "convert", "doctor", "fuse", "generate", "train")
 Module = tuple[str, ...]
 
 

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 from ..errors import PromptError
 from ..generation.answer import GenerationResponse
 from ..generation.engine import AnswerRow, Engine
-from ..generation.generate import run, wired_limit
+from ..generation.generate import run
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..options import CacheOptions, ImageOptions
 from ..prompts.image_processor import NO_OPTIONS, ImageInput
@@ -171,8 +171,7 @@ class Session(Talk):
         engine = self._engine()
         stop = prompt.prepare(self.processor).images[-1].stop
         row = engine.add(prompt, read_only=stop)
-        with wired_limit(self.model):
-            list(run(engine, row))
+        list(run(engine, row))
         self.usage = Usage.of(row)
         self.pending = [*self.pending, processed]
 
@@ -242,12 +241,11 @@ class Session(Talk):
 
     def _stream(self, question: Question, keep: bool) -> Iterator[GenerationResponse]:
         pieces: list[str] = []
-        with wired_limit(self.model):
-            engine = self._engine()
-            row = engine.add(question, keep_answer=keep)
-            for response in run(engine, row):
-                pieces.append(response.text)
-                yield response
+        engine = self._engine()
+        row = engine.add(question, keep_answer=keep)
+        for response in run(engine, row):
+            pieces.append(response.text)
+            yield response
         self.usage = Usage.of(row)
         if keep:
             self.take(question, "".join(pieces))

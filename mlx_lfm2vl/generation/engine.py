@@ -66,6 +66,7 @@ class Row:
         prompt: with its images, if beginnings are to be remembered.
         keep_cache: fill the cache again when it ends.
         keep_answer: remember the beginning that prompt and answer make together.
+        keep_prompt: remember the prompt up to its last token.
         reused: positions that were known already.
         tokens: of the answer so far.
         finished: whether it has ended.
@@ -80,6 +81,7 @@ class Row:
     prompt: Prompt | None = None
     keep_cache: bool = False
     keep_answer: bool = False
+    keep_prompt: bool = False
     reused: int = 0
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
@@ -228,12 +230,18 @@ class Engine:
         self.steps = 0
 
     def add(
-        self, question: Question, *, keep_answer: bool = False, read_only: int | None = None
+        self,
+        question: Question,
+        *,
+        keep_answer: bool = False,
+        keep_prompt: bool = False,
+        read_only: int | None = None,
     ) -> AnswerRow:
         """A row for a question; its prompt is made now and read by later steps.
 
         Args:
             keep_answer: remember the beginning that prompt and answer make together.
+            keep_prompt: remember the prompt up to its last token, for others that ask the same.
             read_only: read so many positions of the prompt, to remember them, and answer nothing.
 
         Raises:
@@ -245,6 +253,7 @@ class Engine:
             cast(Lfm2VlForConditionalGeneration, self.model), self.processor, question, features
         )
         row.keep_answer = row.keep_cache = keep_answer
+        row.keep_prompt = keep_prompt
         if read_only is not None:
             row.token_ids, row.max_tokens = row.token_ids[:read_only], 0
         self.begin(row)
@@ -321,7 +330,9 @@ class Engine:
         length, places = row.length, list[int]()
         if self.prefixes is not None and row.prompt is not None:
             row.cache = self.prefixes.find(row.prompt, row.cache_options) or row.cache
-            places = [place for place in self.prefixes.places(row.prompt) if place < length]
+            last = {length - 1} - {0} if row.keep_prompt else set()
+            places = sorted({*self.prefixes.places(row.prompt), *last})
+            places = [place for place in places if place < length]
         start = row.reused = row.cache[0].offset
         for stop in [*(place for place in places if place > start), length]:
             answers = stop == length and row.max_tokens > 0

@@ -18,6 +18,7 @@ from typing import Any, Unpack, cast
 
 from ..checkpoints.loading import load as load_model
 from ..errors import Lfm2VlError, PromptError
+from ..generation.answer import GenerationResponse
 from ..generation.batch import BATCH_SIZE, DEFAULT_BATCH_SIZE
 from ..generation.generate import as_question
 from ..options import CacheOptions, ImageOptions
@@ -106,6 +107,9 @@ class Worker:
         *,
         logprobs: bool = False,
         latest: str | None = None,
+        keep_answer: bool = False,
+        keep_prompt: bool = False,
+        look: Callable[[GenerationResponse], None] | None = None,
         **settings: Unpack[QuestionSettings],
     ) -> PendingAnswer:
         """Asks, from any thread; never waits.
@@ -120,6 +124,11 @@ class Worker:
                 otherwise they are empty.
             latest: a name, such as "camera", under which only the last question waits: an older one
                 that has not begun is cancelled, one that has continues.
+            keep_answer, keep_prompt: remember prompt and answer for the turn after them, or the
+                prompt for another question with it; images and system messages are remembered in
+                any case.
+            look: called in the worker's thread with each response before it is handed out, its
+                log-probabilities included; must be quick.
         """
         pending = self._thread.pending()
         try:
@@ -127,7 +136,15 @@ class Worker:
         except Lfm2VlError as error:
             pending._finish(error)
             return pending
-        self._thread.put(Job(pending, partial(prepared, question), logprobs=logprobs), latest)
+        job = Job(
+            pending,
+            partial(prepared, question),
+            keep_answer=keep_answer,
+            keep_prompt=keep_prompt,
+            logprobs=logprobs,
+            look=look,
+        )
+        self._thread.put(job, latest)
         return pending
 
     def close(self, timeout: float | None = None) -> None:

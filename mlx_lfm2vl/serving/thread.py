@@ -232,7 +232,6 @@ class EngineThread(threading.Thread):
             else:
                 job.finish(_without_frames(error), usage=usage)
 
-
     def _tell(self, job: Job, response: GenerationResponse) -> None:
         try:
             if job.look is not None:

@@ -1,0 +1,140 @@
+"""`Ask`: what a request asks for, whichever of the protocols it came by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ...errors import Lfm2VlError
+from ...options import IMAGE_BOUNDS, ImageOptions
+from .errors import HttpError, as_http, refused
+from .fields import Fields
+from .images import DETAILS, ImagePart
+
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 4
+MAX_CHOICES = 128
+SAMPLING: Mapping[str, tuple[type, ...]] = {
+    "temperature": (float,), "top_p": (float,), "top_k": (int,), "min_p": (float,),
+    "repetition_penalty": (float,), "repetition_context_size": (int,),
+    "presence_penalty": (float,), "frequency_penalty": (float,),
+}  # fmt: skip
+# what changes nothing of an answer, and what there is only one way to do here
+HARMLESS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+FIXED: Mapping[str, tuple[Any, ...]] = {
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "prompt_cache_retention": ("in_memory", "in-memory"),
+    "moderation": (),
+    "prompt_cache_options": (),
+}
+
+
+@dataclass
+class Ask:
+    """A request, read.
+
+    Attributes:
+        model: the name that it asks for.
+        messages: in the `transformers` form, images as `ImagePart`s.
+        settings: of `Question`, as far as it says.
+        max_tokens: of an answer; None for the server's own.
+        n: how many answers.
+        stream, include_usage: as they come, and a last chunk that tells what they cost.
+        top_logprobs: how many alternatives of each token to tell; None for no log-probabilities.
+        tools: JSON schemas.
+        echo: what the response repeats of the request.
+    """
+
+    model: str | None
+    messages: list[dict[str, Any]]
+    settings: dict[str, Any]
+    max_tokens: int | None = None
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    echo: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def images(self) -> list[ImagePart]:
+        """All images, in order."""
+        items = [i for m in self.messages if isinstance(m["content"], list) for i in m["content"]]
+        return [item["image"] for item in items if item["type"] == "image"]
+
+
+def read_sampling(given: Fields) -> dict[str, Any]:
+    """The settings of sampling that a request may have."""
+    found = {name: given.get(name, *kinds) for name, kinds in SAMPLING.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def read_common(given: Fields) -> None:
+    """Reads what changes nothing, and refuses what cannot be changed."""
+    for name in HARMLESS:
+        given.get(name, dict if name == "metadata" else str)
+    given.only(**FIXED)
+
+
+def read_bias(given: Fields) -> dict[int, float] | None:
+    """logit_bias, whose keys are texts in JSON."""
+    bias = given.get("logit_bias", dict)
+    try:
+        return None if bias is None else {int(token): value for token, value in bias.items()}
+    except ValueError:
+        raise refused("logit_bias", "must have token ids as its keys", bias) from None
+
+
+def read_stop(given: Fields) -> tuple[str, ...]:
+    """Up to four texts that end an answer."""
+    stop = given.get("stop", str, list, default=[])
+    texts = [stop] if isinstance(stop, str) else stop
+    if len(texts) > MAX_STOPS or not all(isinstance(text, str) and text for text in texts):
+        raise refused("stop", f"must be a text or up to {MAX_STOPS}, none empty", stop)
+    return tuple(texts)
+
+
+def read_count(given: Fields, name: str, least: int, most: int, default: Any = None) -> Any:
+    """A whole number between two others."""
+    value = given.get(name, int, default=default)
+    if value is not None and not least <= value <= most:
+        raise refused(given.name(name), f"must be from {least} to {most}", value)
+    return value
+
+
+def read_image_options(given: Fields) -> ImageOptions:
+    """`image_options`: how all images of a request are to be seen."""
+    inner = Fields(given.get("image_options", dict, default={}), given.name("image_options"))
+    found = {f.name: inner.get(f.name, IMAGE_BOUNDS[f.name].kind) for f in fields(ImageOptions)}
+    inner.end()
+    try:
+        return ImageOptions(**found)
+    except Lfm2VlError as error:
+        raise as_http(error, "image_options") from None
+
+
+def read_image(url: Any, detail: Any, options: ImageOptions, param: str) -> dict[str, Any]:
+    """A content item with an image."""
+    if not isinstance(url, str) or not url:
+        raise refused(param, "must be a data: or http(s) URL", url)
+    if detail is not None and detail not in DETAILS:
+        raise refused(f"{param}.detail", f"must be one of {', '.join(DETAILS)}", detail)
+    part = ImagePart(url, options, detail or "auto", param)
+    return {"type": "image", "image": part}
+
+
+def read_stream(given: Fields) -> tuple[bool, bool]:
+    """Whether an answer is streamed, and whether usage comes at its end."""
+    stream = given.get("stream", bool, default=False)
+    options = given.get("stream_options", dict)
+    if options is None:
+        return stream, False
+    if not stream:
+        raise HttpError(400, "stream_options needs stream", "stream_options", "invalid_value")
+    inner = Fields(options, "stream_options")
+    inner.only(include_obfuscation=(False,))
+    usage = inner.get("include_usage", bool, default=False)
+    inner.end()
+    return stream, usage

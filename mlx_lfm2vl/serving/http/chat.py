@@ -1,0 +1,192 @@
+"""`/v1/chat/completions`: its requests and its responses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ...options import MOST, ImageOptions
+from .asking import (
+    MAX_CHOICES,
+    MAX_TOP_LOGPROBS,
+    Ask,
+    read_bias,
+    read_common,
+    read_count,
+    read_image,
+    read_image_options,
+    read_sampling,
+    read_stop,
+    read_stream,
+)
+from .errors import HttpError, refused
+from .fields import Fields
+from .running import Choice, Run
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def read_chat(body: Any) -> Ask:
+    """A request.
+
+    Raises:
+        HttpError: 400, naming what is wrong or not supported.
+    """
+    given = Fields(body)
+    read_common(given)
+    given.only(
+        modalities=(["text"],), audio=(), prediction=(), web_search_options=(), functions=(),
+        function_call=(), reasoning_effort=("none",), verbosity=("medium",),
+    )  # fmt: skip
+    image_options = read_image_options(given)
+    stream, include_usage = read_stream(given)
+    wants_logprobs = given.get("logprobs", bool, default=False)
+    top_logprobs = read_count(given, "top_logprobs", 0, MAX_TOP_LOGPROBS)
+    if top_logprobs is not None and not wants_logprobs:
+        raise refused("top_logprobs", "needs logprobs", top_logprobs)
+    ask = Ask(
+        model=given.get("model", str),
+        messages=read_messages(given.need("messages", list), image_options),
+        settings={
+            **read_sampling(given),
+            "logit_bias": read_bias(given),
+            "seed": read_count(given, "seed", -(2**63), 2**63 - 1),
+            "stop": read_stop(given),
+        },
+        max_tokens=_max_tokens(given),
+        n=read_count(given, "n", 1, MAX_CHOICES, 1),
+        stream=stream,
+        include_usage=include_usage,
+        top_logprobs=(top_logprobs or 0) if wants_logprobs else None,
+    )
+    given.end()
+    return ask
+
+
+def _max_tokens(given: Fields) -> int | None:
+    names = ("max_completion_tokens", "max_tokens")
+    found = {read_count(given, name, 1, MOST) for name in names} - {None}
+    if len(found) > 1:
+        raise refused("max_tokens", "and max_completion_tokens must be the same")
+    return found.pop() if found else None
+
+
+def read_messages(messages: list[Any], image_options: ImageOptions) -> list[dict[str, Any]]:
+    """A conversation in the `transformers` form."""
+    if not messages:
+        raise refused("messages", "must have one message or more")
+    return [
+        _message(Fields(message, f"messages[{place}]"), image_options)
+        for place, message in enumerate(messages)
+    ]
+
+
+def _message(given: Fields, image_options: ImageOptions) -> dict[str, Any]:
+    role = given.need("role", str)
+    if role not in ROLES:
+        raise refused(given.name("role"), f"must be one of {', '.join(ROLES)}", role)
+    given.get("name", str)  # the models know no names
+    given.only(refusal=(), audio=(), function_call=(), tool_calls=([],), annotations=([],))
+    content = given.get("content", str, list)
+    if content is None:
+        raise refused(given.name("content"), "is missing")
+    if isinstance(content, list):
+        items = [
+            _item(Fields(item, f"{given.name('content')}[{place}]"), role, image_options)
+            for place, item in enumerate(content)
+        ]
+        has_images = any(item["type"] == "image" for item in items)
+        content = items if has_images else "".join(item["text"] for item in items)
+    given.end()
+    return {"role": "system" if role == "developer" else role, "content": content}
+
+
+def _item(given: Fields, role: str, image_options: ImageOptions) -> dict[str, Any]:
+    kind = given.need("type", str)
+    if kind == "image_url":
+        if role not in ("user", "tool"):
+            raise refused(given.path, f"is an image of the {role}; only users show any")
+        url, detail = given.need("image_url", str, dict), given.get("detail", str)
+        if isinstance(url, dict):
+            inner = Fields(url, given.name("image_url"))
+            url, detail = inner.need("url", str), inner.get("detail", str)
+            inner.end()
+        item = read_image(url, detail, image_options, given.name("image_url"))
+    elif kind in ("text", "refusal"):
+        item = {"type": "text", "text": given.need(kind, str)}
+    else:
+        raise HttpError(
+            400, f"{given.name('type')} {kind!r:.50} is not supported; text and image_url are",
+            given.name("type"), "unsupported_parameter",
+        )  # fmt: skip
+    given.end()
+    return item
+
+
+class ChatWriter:
+    """The bodies of the response to one request."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.id = f"chatcmpl-{run.id}"
+        self.created = int(time.time())
+
+    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id, "object": kind, "created": self.created, "model": self.run.model,
+            "choices": choices,
+        }  # fmt: skip
+
+    def whole(self) -> dict[str, Any]:
+        """All of it, when all answers have ended."""
+        choices = [
+            {
+                "index": choice.index,
+                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "finish_reason": choice.finish_reason,
+                "logprobs": self._logprobs(choice.scores(0)),
+            }
+            for choice in self.run.choices
+        ]
+        usage = {"usage": self.run.usage(), "timings": self.run.timings()}
+        return {**self._body("chat.completion", choices), **usage}
+
+    def begin(self) -> list[dict[str, Any]]:
+        """The first chunks, before anything is known."""
+        delta = {"role": "assistant", "content": ""}
+        return [self._chunk(choice, delta) for choice in self.run.choices]
+
+    def news(self, choice: Choice, text: str, scores: Sequence[Any]) -> list[dict[str, Any]]:
+        """Chunks for what has come of an answer."""
+        chunks = []
+        if text or scores:
+            chunks.append(self._chunk(choice, {"content": text}, None, scores))
+        if choice.finish_reason is not None:
+            chunks.append(self._chunk(choice, {}, choice.finish_reason))
+        return chunks
+
+    def end(self) -> list[dict[str, Any]]:
+        """The last chunks."""
+        if not self.run.ask.include_usage:
+            return []
+        usage = {"usage": self.run.usage(), "timings": self.run.timings()}
+        return [{**self._body("chat.completion.chunk", []), **usage}]
+
+    def _chunk(
+        self,
+        choice: Choice,
+        delta: dict[str, Any],
+        finish_reason: str | None = None,
+        scores: Sequence[Any] = (),
+    ) -> dict[str, Any]:
+        body = {
+            "index": choice.index, "delta": delta, "finish_reason": finish_reason,
+            "logprobs": self._logprobs(scores) if scores else None,
+        }  # fmt: skip
+        return self._body("chat.completion.chunk", [body])
+
+    def _logprobs(self, scores: Sequence[Any]) -> dict[str, Any] | None:
+        if self.run.ask.top_logprobs is None:
+            return None
+        return {"content": list(scores), "refusal": None}

@@ -1,0 +1,168 @@
+"""`Run`: the answers to one request, on their way."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+from typing import Any, NamedTuple
+
+from ...generation.answer import GenerationResponse
+from ..pending import PendingAnswer, news
+from .asking import Ask
+from .metrics import Metrics
+from .scores import Scores
+
+KEEPALIVE = 5.0  # seconds of silence after which a stream shows that it lives
+
+
+class Choice:
+    """One answer of a request.
+
+    Attributes:
+        text: so far.
+        finish_reason: once it has ended.
+        last: its newest response.
+    """
+
+    def __init__(self, index: int, pending: PendingAnswer, scores: Scores | None) -> None:
+        self.index, self.pending, self._scores = index, pending, scores
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.last: GenerationResponse | None = None
+        self._told = 0
+
+    def take(self, responses: Iterable[GenerationResponse]) -> Update:
+        """Takes what has come; returns it, all at once."""
+        text = "".join(response.text for response in responses)
+        for self.last in responses:
+            self.finish_reason = self.last.finish_reason
+        self.text += text
+        scores = self.scores(self._told)
+        self._told += len(scores)
+        return Update(self, text, scores)
+
+    def scores(self, start: int) -> list[dict[str, Any]]:
+        """Log-probabilities of its tokens from one on, if they were asked for."""
+        return [] if self._scores is None else self._scores.found[start:]
+
+
+class Update(NamedTuple):
+    """What has come of an answer since the last time."""
+
+    choice: Choice
+    text: str
+    scores: list[dict[str, Any]]
+
+
+class Run:
+    """The answers to one request.
+
+    Attributes:
+        id: a part of the response's.
+        ask: the request.
+        model: the name of the model that answers.
+        choices: the answers.
+        started: when it was asked, by `time.perf_counter`.
+        deadline: when it has to end.
+    """
+
+    def __init__(
+        self, ask: Ask, model: str, choices: list[Choice], started: float, seconds: float
+    ) -> None:
+        self.id = uuid.uuid4().hex
+        self.ask, self.model, self.choices = ask, model, choices
+        self.started, self.seconds = started, seconds
+        self.waited: float | None = None  # seconds to the first token
+
+    @property
+    def left(self) -> int:
+        """How many of its answers have not ended."""
+        return sum(not choice.pending.done for choice in self.choices)
+
+    async def news(self) -> AsyncGenerator[list[Update], None]:
+        """What comes of all answers; an empty list if nothing did for a while.
+
+        Raises:
+            TimeoutError: the time for a request is over.
+            Lfm2VlError, RuntimeError: what an answer raised.
+        """
+        async with aclosing(news([c.pending for c in self.choices], self._patience())) as found:
+            async for responses in found:
+                if time.perf_counter() - self.started > self.seconds:
+                    raise TimeoutError(f"no answer within {self.seconds:g} seconds")
+                if responses and self.waited is None:
+                    self.waited = time.perf_counter() - self.started
+                yield [self.choices[place].take(new) for place, new in responses]
+
+    def _patience(self) -> float:
+        return min(KEEPALIVE, self.seconds / 2)
+
+    async def finish(self) -> None:
+        """Waits for all of it."""
+        async with aclosing(self.news()) as found:
+            async for _ in found:
+                pass
+
+    def cancel(self, reason: str = "the client has gone") -> None:
+        """Ends what has not ended."""
+        for choice in self.choices:
+            choice.pending.cancel(reason)
+
+    def progress(self) -> str:
+        """How far the prompt is read."""
+        parts = [c.pending.progress for c in self.choices if c.pending.progress is not None]
+        return "waiting" if not parts else "{}/{}".format(*parts[0])
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens, as OpenAI counts them: the prompt once, all answers."""
+        first = self.choices[0].pending.usage
+        generated = sum(c.last.generation_tokens for c in self.choices if c.last is not None)
+        images = 0 if self.choices[0].last is None else sum(self.choices[0].last.image_tokens)
+        prompt = 0 if first is None else first.prompt_tokens
+        cached = 0 if first is None else first.reused_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": cached, "image_tokens": images},
+        }
+
+    def timings(self) -> dict[str, Any]:
+        """Speeds of the first answer, by llama.cpp's names."""
+        choice = self.choices[0]
+        last, usage = choice.last, choice.pending.usage
+        if last is None or usage is None:
+            return {}
+        prompt, tokens = last.time_to_first_token, last.generation_tokens
+        predicted = (tokens - 1) / last.generation_tps if last.generation_tps else 0.0
+        return {
+            "cache_n": usage.reused_tokens,
+            "prompt_n": usage.processed_tokens,
+            "prompt_ms": round(prompt * 1e3, 3),
+            "prompt_per_second": round(usage.processed_tokens / prompt, 3),
+            "predicted_n": tokens,
+            "predicted_ms": round(predicted * 1e3, 3),
+            "predicted_per_second": round(last.generation_tps, 3),
+            "first_token_ms": round((self.waited or 0.0) * 1e3, 3),
+        }
+
+    def count(self, metrics: Metrics) -> None:
+        """Adds what it cost to the metrics."""
+        if self.waited is not None:
+            metrics.first_token(self.waited)
+        for choice in self.choices:
+            last, usage = choice.last, choice.pending.usage
+            if last is not None:
+                metrics.add("generated_tokens_total", last.generation_tokens)
+            if last is None or usage is None:
+                continue
+            metrics.add("prompt_tokens_total", usage.prompt_tokens)
+            metrics.add("cached_tokens_total", usage.reused_tokens)
+            metrics.add("encoded_images_total", usage.encoded_images)
+            metrics.add("prefill_seconds_total", last.time_to_first_token)
+            if last.generation_tps > 0:
+                seconds = (last.generation_tokens - 1) / last.generation_tps
+                metrics.add("decode_seconds_total", seconds)
+                metrics.add("decoded_tokens", last.generation_tokens - 1)

@@ -33,6 +33,7 @@ class BatchResult:
         finish_reason: "stop" or "length".
         prompt_tokens: positions of the prompt.
         image_tokens: image tokens of each image.
+        closed: whether it is whole at its limit, see `GenerationResponse`.
     """
 
     index: int
@@ -41,6 +42,7 @@ class BatchResult:
     finish_reason: str
     prompt_tokens: int
     image_tokens: tuple[int, ...]
+    closed: bool = False
 
 
 def batch_generate(
@@ -91,12 +93,12 @@ def stream_batch(
                 pieces[engine.add(as_question(question))] = index, []
             if not pieces:
                 return
-            for row, response, error in engine.step():
+            for row, response, error, is_last in engine.step():
                 if error is not None:
                     raise error
                 index, texts = pieces[row]
                 texts.append(response.text)
-                if row.finished:
+                if is_last:
                     del pieces[row]
                     yield BatchResult(
                         index,
@@ -105,6 +107,7 @@ def stream_batch(
                         response.finish_reason,
                         response.prompt_tokens,
                         response.image_tokens,
+                        response.closed,
                     )
 
 

@@ -1,0 +1,239 @@
+"""`Guide`: keeps an answer to its form, token by token, by llguidance's grammars.
+
+What is not allowed gets no probability. Tokens that have no alternative are not asked for: they go
+through the model together with the one before. If there are few tokens left, the answer is brought
+to a whole end.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import mlx.core as mx
+
+from ..errors import PromptError
+from ..prompts.constraint import Constraint, compiled, refusal
+from ..prompts.tokenizer import Lfm2Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MOST_MATCHERS = 64  # of one tokenizer that are kept
+LONGEST_ENDING = 4096  # tokens; whoever needs more has no end in sight
+# what ends a JSON document soonest, outside of its strings
+ENDS = tuple(b'}],:n" 0123456789-.[{ft')
+PRINTABLE = range(32, 127)
+
+
+class Vocabulary:
+    """A tokenizer as llguidance sees it.
+
+    Attributes:
+        eos_token_ids: tokens that may end an answer; the first one does if nobody chooses.
+        characters: the token of each printable ASCII character.
+    """
+
+    def __init__(self, tokenizer: Lfm2Tokenizer, size: int, eos_token_ids: tuple[int, ...]) -> None:
+        from llguidance import LLTokenizer
+        from tokenizers import Tokenizer
+
+        own = Tokenizer.from_str(tokenizer.tokenizer.to_str())
+        # some control tokens are not marked as such; a text may hold none of them
+        names = (name for name in own.get_vocab() if name[:2] == "<|" and name[-2:] == "|>")
+        own.add_special_tokens(sorted(set(names) - tokenizer.special_tokens.keys()))
+        self.tokens: LLTokenizer = LLTokenizer(own.to_str(), size, list(eos_token_ids))
+        self.eos_token_ids = eos_token_ids
+        self.characters = {code: self.tokens.greedy_tokenize(chr(code))[0] for code in PRINTABLE}
+        self.matchers: dict[Constraint, LLMatcher] = {}
+
+    def matcher(self, constraint: Constraint) -> LLMatcher:
+        """A matcher at its beginning.
+
+        Raises:
+            PromptError: llguidance refuses the grammar, or finds it too large.
+        """
+        from llguidance import LLMatcher, LLParserLimits
+
+        if constraint not in self.matchers:
+            limits = LLParserLimits(verbose_errors=False)
+            made = LLMatcher(self.tokens, compiled(constraint), log_level=0, limits=limits)
+            if made.is_error():
+                raise refusal(constraint, made.get_error())
+            if len(self.matchers) == MOST_MATCHERS:
+                self.matchers.clear()
+            self.matchers[constraint] = made
+        return self.matchers[constraint].deep_copy()
+
+
+Key = tuple[int, tuple[int, ...]]
+_vocabularies: WeakKeyDictionary[Lfm2Tokenizer, dict[Key, Future[Vocabulary]]] = WeakKeyDictionary()
+
+
+def vocabulary(
+    tokenizer: Lfm2Tokenizer, size: int, eos_token_ids: tuple[int, ...]
+) -> Future[Vocabulary]:
+    """The vocabulary of a tokenizer, made once; half a second's work that a thread does.
+
+    Args:
+        size: rows of the embedding.
+    """
+    made = _vocabularies.setdefault(tokenizer, {})
+    key = size, eos_token_ids
+    if key not in made:
+        pool = ThreadPoolExecutor(1, thread_name_prefix="mlx_lfm2vl.guide")
+        made[key] = pool.submit(Vocabulary, tokenizer, size, eos_token_ids)
+        pool.shutdown(wait=False)
+    return made[key]
+
+
+class Guide:
+    """Keeps one answer to its form; a logits processor that is told each token.
+
+    Attributes:
+        closing: whether the answer is being brought to its end, without the model.
+    """
+
+    needs_token = True
+
+    def __init__(self, constraint: Constraint, known: Future[Vocabulary]) -> None:
+        self.constraint = constraint
+        self.known = known
+        self.closing = False
+        self.ended = False
+        self.begun = False
+        self.inside = self.escaped = False  # where the text stands in a string of JSON
+
+    def _begin(self) -> None:
+        self.begun = True
+        self.vocabulary = self.known.result()
+        self.tokens = self.vocabulary.tokens
+        self.matcher = self.vocabulary.matcher(self.constraint)
+        self.ending = self._search() if self.constraint.close else None
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        """(1, vocab) -> (1, vocab), -inf if a token is not allowed now."""
+        if not self.begun:
+            self._begin()
+        mask = self.matcher.compute_bitmask()
+        self._check()
+        words = mx.array(memoryview(mask).cast("I"))  # type: ignore[arg-type]
+        bits = ((words[:, None] >> mx.arange(32, dtype=mx.uint32)) & 1).reshape(-1)
+        return mx.where(bits[: logits.shape[-1]] != 0, logits, -math.inf)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the answer has all that its form asks for."""
+        return self.closing or self.ended or self.matcher.is_accepting()
+
+    def take(self, token: int, left: int) -> list[int]:
+        """The tokens that come now: a chosen one and those it forces.
+
+        If these leave too few for the rest of a document, those that end it come instead.
+
+        Args:
+            left: how many tokens may still come, this one included.
+        """
+        if token in self.vocabulary.eos_token_ids:
+            self.ended = True
+            return [token]
+        if not self.matcher.consume_token(token):
+            self._check()
+            raise PromptError(
+                f"a logits processor has chosen token {token}, which the answer's form forbids"
+            )
+        coming = [token, *self.matcher.compute_ff_tokens()]
+        if len(coming) > 1:
+            self.matcher.consume_tokens(coming[1:])
+        self._check()
+        if self.constraint.close and not self._can_end(coming, left):
+            self.closing = True
+            coming = self._tokens(self.ending or b"")
+        if self.closing or (self.matcher.is_stopped() and self.matcher.is_accepting()):
+            self.ended = True
+            coming.append(self.vocabulary.eos_token_ids[0])
+        return coming
+
+    def _check(self) -> None:
+        if self.matcher.is_error():
+            raise refusal(self.constraint, self.matcher.get_error())
+
+    def _tokens(self, text: bytes) -> list[int]:
+        """Tokens of text that need not be those that the tokenizer would choose."""
+        return self.tokens.tokenize_bytes(text) if text else []
+
+    def _can_end(self, coming: list[int], left: int) -> bool:
+        """Whether a document can be ended after these tokens; if not, `ending` stays as it was."""
+        text = self.tokens.decode_bytes(coming)
+        was_inside = self.inside and not self.escaped
+        inside, escaped = _follow(text, self.inside, self.escaped)
+        ending = self.ending
+        if ending is not None and ending.startswith(text):
+            ending = ending[len(text) :]
+        elif not (was_inside and inside and not escaped and b'"' not in text and self._may_quote()):
+            ending = self._search(inside, escaped)
+        left -= len(coming) + 1  # which ends the answer
+        if self.ending is not None and (ending is None or not self._fits(ending, left)):
+            return False
+        self.ending, self.inside, self.escaped = ending, inside, escaped
+        return True
+
+    def _fits(self, text: bytes, left: int) -> bool:
+        return len(text) <= left or (left >= 0 and len(self._tokens(text)) <= left)
+
+    def _may_quote(self) -> bool:
+        """Whether a string may end here, as it may have before: what follows is the same."""
+        ending = self.ending
+        is_quote = ending is not None and ending.startswith(b'"')
+        return is_quote and self.matcher.validate_tokens([self.vocabulary.characters[34]]) == 1
+
+    def _search(self, inside: bool = False, escaped: bool = False) -> bytes | None:
+        """A text that makes a whole of what is there, rather short; None if none is found."""
+        matcher, text, seen = self.matcher.deep_copy(), b"", set[bytes]()
+        for _ in range(LONGEST_ENDING):
+            if matcher.is_accepting():
+                return text
+            following = matcher.compute_ff_tokens() or [
+                self._next(matcher, inside and not escaped, seen)
+            ]
+            if not matcher.consume_tokens(following):
+                return None
+            piece = self.tokens.decode_bytes(following)
+            inside, escaped = _follow(piece, inside, escaped)
+            text += piece
+        return None
+
+    def _next(self, matcher: LLMatcher, inside: bool, seen: set[bytes]) -> int:
+        """A token on the way to the end."""
+        characters = self.vocabulary.characters
+        if self.constraint.kind == "json":
+            for code in b'"' if inside else ENDS:
+                if matcher.validate_tokens([characters[code]]) == 1:
+                    return characters[code]
+        mask = memoryview(matcher.compute_bitmask())
+        allowed = [token for token in characters.values() if mask[token // 8] >> token % 8 & 1]
+        for token in allowed:
+            matcher.consume_token(token)
+            state = matcher.compute_bitmask()
+            matcher.rollback(1)
+            if state not in seen:  # something new may follow, so this leads somewhere
+                seen.add(state)
+                return token
+        if allowed:
+            return allowed[0]
+        place = next((place for place, byte in enumerate(mask) if byte), 0)
+        return place * 8 + (mask[place] & -mask[place]).bit_length() - 1
+
+
+def _follow(text: bytes, inside: bool, escaped: bool) -> tuple[bool, bool]:
+    """Whether JSON text is inside of a string after this, and behind a backslash there."""
+    for byte in text:
+        if escaped:
+            escaped = False
+        elif byte == 34:
+            inside = not inside
+        else:
+            escaped = inside and byte == 92
+    return inside, escaped

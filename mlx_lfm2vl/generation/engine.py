@@ -167,7 +167,7 @@ class AnswerRow(Row):
         if question.constraint is not None:
             size = model.config.text_config.vocab_size
             known = vocabulary(processor.tokenizer, size, eos_token_ids(processor))
-            self.guide = Guide(question.constraint, known)
+            self.guide = Guide(question.constraint, known, question.max_tokens)
             self.logits_processors = [self.guide, *self.logits_processors]
         self.model, self.question, self.features = model, question, features
         self.encoded_images = 0  # counted if features are remembered

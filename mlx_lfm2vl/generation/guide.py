@@ -98,25 +98,31 @@ class Guide:
 
     needs_token = True
 
-    def __init__(self, constraint: Constraint, known: Future[Vocabulary]) -> None:
+    def __init__(
+        self, constraint: Constraint, known: Future[Vocabulary], max_tokens: int
+    ) -> None:
         self.constraint = constraint
+        self.max_tokens = max_tokens
         self.known = known
         self.closing = False
         self.ended = False
         self.begun = False
         self.inside = self.escaped = False  # where the text stands in a string of JSON
 
-    def _begin(self) -> None:
+    def _begin(self, left: int) -> None:
         self.begun = True
         self.vocabulary = self.known.result()
         self.tokens = self.vocabulary.tokens
         self.matcher = self.vocabulary.matcher(self.constraint)
-        self.ending = self._search() if self.constraint.close else None
+        self.ending: bytes | None = None  # fits into the tokens that are left
+        if self.constraint.close:
+            ending = self._search()
+            self.ending = ending if ending is not None and self._fits(ending, left) else None
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
         """(1, vocab) -> (1, vocab), -inf if a token is not allowed now."""
         if not self.begun:
-            self._begin()
+            self._begin(self.max_tokens)
         mask = self.matcher.compute_bitmask()
         self._check()
         words = mx.array(memoryview(mask).cast("I"))  # type: ignore[arg-type]
@@ -126,7 +132,7 @@ class Guide:
     @property
     def is_whole(self) -> bool:
         """Whether the answer has all that its form asks for."""
-        return self.closing or self.ended or self.matcher.is_accepting()
+        return self.ended or self.matcher.is_accepting()
 
     def take(self, token: int, left: int) -> list[int]:
         """The tokens that come now: a chosen one and those it forces.
@@ -165,7 +171,7 @@ class Guide:
         return self.tokens.tokenize_bytes(text) if text else []
 
     def _can_end(self, coming: list[int], left: int) -> bool:
-        """Whether a document can be ended after these tokens; if not, `ending` stays as it was."""
+        """Whether what can be ended now, can be ended after these tokens; if so, it learns how."""
         text = self.tokens.decode_bytes(coming)
         was_inside = self.inside and not self.escaped
         inside, escaped = _follow(text, self.inside, self.escaped)
@@ -174,8 +180,9 @@ class Guide:
             ending = ending[len(text) :]
         elif not (was_inside and inside and not escaped and b'"' not in text and self._may_quote()):
             ending = self._search(inside, escaped)
-        left -= len(coming) + 1  # which ends the answer
-        if self.ending is not None and (ending is None or not self._fits(ending, left)):
+        if ending is not None and not self._fits(ending, left - len(coming)):
+            ending = None
+        if ending is None and self.ending is not None:
             return False
         self.ending, self.inside, self.escaped = ending, inside, escaped
         return True

@@ -98,9 +98,7 @@ class Guide:
 
     needs_token = True
 
-    def __init__(
-        self, constraint: Constraint, known: Future[Vocabulary], max_tokens: int
-    ) -> None:
+    def __init__(self, constraint: Constraint, known: Future[Vocabulary], max_tokens: int) -> None:
         self.constraint = constraint
         self.max_tokens = max_tokens
         self.known = known
@@ -168,33 +166,40 @@ class Guide:
 
     def _tokens(self, text: bytes) -> list[int]:
         """Tokens of text that need not be those that the tokenizer would choose."""
-        return self.tokens.tokenize_bytes(text) if text else []
+        try:
+            return self.tokens.greedy_tokenize(text.decode())  # much quicker
+        except UnicodeDecodeError:  # it begins inside of a character
+            return self.tokens.tokenize_bytes(text)
 
     def _can_end(self, coming: list[int], left: int) -> bool:
         """Whether what can be ended now, can be ended after these tokens; if so, it learns how."""
         text = self.tokens.decode_bytes(coming)
-        was_inside = self.inside and not self.escaped
-        inside, escaped = _follow(text, self.inside, self.escaped)
-        ending = self.ending
-        if ending is not None and ending.startswith(text):
-            ending = ending[len(text) :]
-        elif not (was_inside and inside and not escaped and b'"' not in text and self._may_quote()):
-            ending = self._search(inside, escaped)
+        self.inside, self.escaped = _follow(text, self.inside, self.escaped)
+        ending = self._ending(text)
         if ending is not None and not self._fits(ending, left - len(coming)):
             ending = None
         if ending is None and self.ending is not None:
             return False
-        self.ending, self.inside, self.escaped = ending, inside, escaped
+        self.ending = ending
         return True
+
+    def _ending(self, text: bytes) -> bytes | None:
+        """What makes a whole of the answer, now that this text has come."""
+        if self.ending is not None:
+            rest = self.ending[len(text) :]
+            if self.ending.startswith(text):
+                return rest
+            for ending in (self.ending, rest):  # as for more text in a string, or for a digit
+                tokens = self._tokens(ending)
+                if self.matcher.validate_tokens(tokens[:1]) != len(tokens[:1]):
+                    continue
+                matcher = self.matcher.deep_copy()
+                if matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting():
+                    return ending
+        return self._search(self.inside, self.escaped)
 
     def _fits(self, text: bytes, left: int) -> bool:
         return len(text) <= left or (left >= 0 and len(self._tokens(text)) <= left)
-
-    def _may_quote(self) -> bool:
-        """Whether a string may end here, as it may have before: what follows is the same."""
-        ending = self.ending
-        is_quote = ending is not None and ending.startswith(b'"')
-        return is_quote and self.matcher.validate_tokens([self.vocabulary.characters[34]]) == 1
 
     def _search(self, inside: bool = False, escaped: bool = False) -> bytes | None:
         """A text that makes a whole of what is there, rather short; None if none is found."""

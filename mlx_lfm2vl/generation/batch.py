@@ -93,12 +93,12 @@ def stream_batch(
                 pieces[engine.add(as_question(question))] = index, []
             if not pieces:
                 return
-            for row, response, error, is_last in engine.step():
+            for row, response, error in engine.step():
                 if error is not None:
                     raise error
                 index, texts = pieces[row]
                 texts.append(response.text)
-                if is_last:
+                if response.finish_reason is not None:
                     del pieces[row]
                     yield BatchResult(
                         index,

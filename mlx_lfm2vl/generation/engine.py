@@ -202,12 +202,14 @@ class AnswerRow(Row):
 
 
 class Event(NamedTuple):
-    """What a step brought a row: a response, or the error that ended it; or only its end."""
+    """What a step brought a row: a response, or the error that ended it.
+
+    A step may bring several; only the last one of a `GenerationResponse` has a `finish_reason`.
+    """
 
     row: Row
     response: Any = None
     error: BaseException | None = None
-    is_last: bool = False
 
 
 class Engine:
@@ -324,7 +326,7 @@ class Engine:
         except StopIteration:
             events = self._first(row)
         except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
-            events = [Event(row, error=error, is_last=True)]
+            events = [Event(row, error=error)]
             row.finished = True
         self.reading.popleft()
         if not row.finished:
@@ -337,7 +339,7 @@ class Engine:
         """Tells a row its first token, or that its prompt is read, if that is all it wanted."""
         if row.y is None or row.logprobs is None:
             row.finished = True
-            return [Event(row, is_last=True)]
+            return [Event(row)]
         row.unread = False
         return tell(row, cast(int, row.y.item()), row.logprobs)
 
@@ -387,7 +389,7 @@ class Engine:
             try:
                 events += batch.step()
             except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
-                events += [Event(row, error=error, is_last=True) for row in batch.rows]
+                events += [Event(row, error=error) for row in batch.rows]
                 for row in batch.rows:
                     row.finished = True
             for row in batch.leave(lambda row: row.finished):
@@ -563,12 +565,12 @@ def tell(row: Row, token: int, logprobs: mx.array) -> list[Event]:
             chosen = n == 0 and following == token
             told = logprobs[0] if chosen else certain(following, logprobs)
             response = row.take(following, told)
-            events.append(Event(row, response, is_last=row.finished))
+            events.append(Event(row, response))
             if row.finished:
                 break
     except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
         row.finished = True
-        events.append(Event(row, error=error, is_last=True))
+        events.append(Event(row, error=error))
     return events
 
 

@@ -208,7 +208,7 @@ class EngineThread(threading.Thread):
             self.active[row] = job
 
     def _hand_out(self, events: Sequence[Event]) -> None:
-        for row, response, error, is_last in events:
+        for row, response, error in events:
             job = self.active[row]
             if response is not None:
                 if job.logprobs:
@@ -216,7 +216,7 @@ class EngineThread(threading.Thread):
                 else:
                     response = replace(response, logprobs=_no_logprobs())
                 job.pending._add(response)
-            if not is_last:
+            if response is not None and response.finish_reason is None:
                 continue
             del self.active[row]
             usage = Usage.of(cast(AnswerRow, row))

@@ -20,9 +20,11 @@ from ..options import DEFAULT_MAX_TOKENS, ImageOptions, Sampling
 from ..serving.folder import SUFFIXES, Counts, Lines, Task, answer_all, find_images
 from .options import (
     add_adapters,
+    add_constraint,
     add_image_options,
     add_model,
     add_sampling,
+    constraint_from,
     options_from,
     positive,
 )
@@ -89,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_sampling(parser)
     add_image_options(parser)
+    add_constraint(parser)
     return parser
 
 
@@ -135,6 +138,7 @@ def _task(args: argparse.Namespace) -> Task:
         seed=args.seed,
         sampling=options_from(args, Sampling),
         image_options=options_from(args, ImageOptions),
+        constraint=constraint_from(args),
     )
 
 

@@ -22,14 +22,17 @@ from ..options import (
 
 if TYPE_CHECKING:
     from ..generation.answer import GenerationResponse
+    from ..prompts.constraint import Constraint
     from ..prompts.processor import Lfm2VlProcessor, Prompt
     from ..prompts.question import AnswerSettings
 from .options import (
     add_adapters,
     add_cache_options,
+    add_constraint,
     add_image_options,
     add_model,
     add_sampling,
+    constraint_from,
     options_from,
     positive,
 )
@@ -90,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_sampling(parser)
     add_image_options(parser)
+    add_constraint(parser)
     add_cache_options(parser)
     return parser
 
@@ -106,8 +110,9 @@ def run(args: argparse.Namespace) -> None:
     image_options = options_from(args, ImageOptions)
     cache_options = options_from(args, CacheOptions)
     sampling = options_from(args, Sampling)  # a wrong value is told before the model is loaded
+    constraint = constraint_from(args)
     if args.chat:
-        _chat(args, image_options, cache_options, sampling)
+        _chat(args, image_options, cache_options, sampling, constraint)
         return
     messages = _messages(args)
     images = _images(args)
@@ -131,9 +136,10 @@ def run(args: argparse.Namespace) -> None:
         cache_options=cache_options,
         measure_vision=args.verbose or args.json,
         sampling=sampling,
+        constraint=constraint,
     )
     if args.json:
-        last = _print_json(args.model, processor, prompt, sampling, responses)
+        last = _print_json(args.model, processor, prompt, sampling, responses, constraint)
     else:
         last = _print_text(responses)
     if args.verbose:
@@ -145,6 +151,7 @@ def _chat(
     image_options: ImageOptions,
     cache_options: CacheOptions,
     sampling: Sampling,
+    constraint: Constraint | None,
 ) -> None:
     if args.json or "-" in (args.prompt, *args.image):
         raise PromptError("--chat reads standard input itself, without --json and -")
@@ -159,6 +166,7 @@ def _chat(
     settings: AnswerSettings = {
         "max_tokens": args.max_tokens,
         "sampling": sampling,
+        "constraint": constraint,
         "seed": args.seed,
         "stop": args.stop,
     }
@@ -205,6 +213,7 @@ def _print_json(
     prompt: Prompt,
     sampling: Sampling,
     responses: Iterator[GenerationResponse],
+    constraint: Constraint | None,
 ) -> GenerationResponse:
     text, tokens = "", []
     for response in responses:
@@ -215,6 +224,7 @@ def _print_json(
         "text": text,
         "tokens": tokens,
         "finish_reason": response.finish_reason,
+        **({} if constraint is None else constraint.result(text, response.closed)),
         "prompt_tokens": response.prompt_tokens,
         "image_tokens": list(response.image_tokens),
         "image_views": [image.views for image in prompt.images],

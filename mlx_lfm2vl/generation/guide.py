@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MOST_MATCHERS = 64  # of one tokenizer that are kept
-LONGEST_ENDING = 4096  # tokens; whoever needs more has no end in sight
+RETRY = 8  # tokens until another look for an end that was not found
+CHARACTERS = 4  # of a token, more or less
 # what ends a JSON document soonest, outside of its strings
 ENDS = tuple(b'}],:n" 0123456789-.[{ft')
 PRINTABLE = range(32, 127)
@@ -102,7 +103,7 @@ class Guide:
         self.constraint = constraint
         self.max_tokens = max_tokens
         self.known = known
-        self.closing = False
+        self.closing = self.is_cut = False
         self.ended = False
         self.begun = False
         self.inside = self.escaped = False  # where the text stands in a string of JSON
@@ -114,7 +115,7 @@ class Guide:
         self.matcher = self.vocabulary.matcher(self.constraint)
         self.ending: bytes | None = None  # fits into the tokens that are left
         if self.constraint.close:
-            ending = self._search()
+            ending = self._search(left)
             self.ending = ending if ending is not None and self._fits(ending, left) else None
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
@@ -130,7 +131,7 @@ class Guide:
     @property
     def is_whole(self) -> bool:
         """Whether the answer has all that its form asks for."""
-        return self.ended or self.matcher.is_accepting()
+        return not self.is_cut and (self.ended or self.matcher.is_accepting())
 
     def take(self, token: int, left: int) -> list[int]:
         """The tokens that come now: a chosen one and those it forces.
@@ -155,6 +156,7 @@ class Guide:
         if self.constraint.close and not self._can_end(coming, left):
             self.closing = True
             coming = self._tokens(self.ending or b"")
+        self.is_cut = len(coming) > left
         if self.closing or (self.matcher.is_stopped() and self.matcher.is_accepting()):
             self.ended = True
             coming.append(self.vocabulary.eos_token_ids[0])
@@ -175,7 +177,7 @@ class Guide:
         """Whether what can be ended now, can be ended after these tokens; if so, it learns how."""
         text = self.tokens.decode_bytes(coming)
         self.inside, self.escaped = _follow(text, self.inside, self.escaped)
-        ending = self._ending(text)
+        ending = self._ending(text, left)
         if ending is not None and not self._fits(ending, left - len(coming)):
             ending = None
         if ending is None and self.ending is not None:
@@ -183,7 +185,7 @@ class Guide:
         self.ending = ending
         return True
 
-    def _ending(self, text: bytes) -> bytes | None:
+    def _ending(self, text: bytes, left: int) -> bytes | None:
         """What makes a whole of the answer, now that this text has come."""
         if self.ending is not None:
             rest = self.ending[len(text) :]
@@ -196,20 +198,28 @@ class Guide:
                 matcher = self.matcher.deep_copy()
                 if matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting():
                     return ending
-        return self._search(self.inside, self.escaped)
+        elif left % RETRY:
+            return None  # none was found lately
+        return self._search(left)
 
     def _fits(self, text: bytes, left: int) -> bool:
         return len(text) <= left or (left >= 0 and len(self._tokens(text)) <= left)
 
-    def _search(self, inside: bool = False, escaped: bool = False) -> bytes | None:
+    def _search(self, left: int) -> bytes | None:
         """A text that makes a whole of what is there, rather short; None if none is found."""
         matcher, text, seen = self.matcher.deep_copy(), b"", set[bytes]()
-        for _ in range(LONGEST_ENDING):
+        inside, escaped, pause, again, last = self.inside, self.escaped, 0, 0, 0
+        for _ in range(CHARACTERS * left):
             if matcher.is_accepting():
                 return text
-            following = matcher.compute_ff_tokens() or [
-                self._next(matcher, inside and not escaped, seen)
-            ]
+            following = matcher.compute_ff_tokens() or self._end(matcher, inside and not escaped)
+            if not following and again and matcher.validate_tokens([last]) == 1:
+                again, following = again - 1, [last]
+            if not following:
+                last, is_new = self._explore(matcher, seen)
+                # what repeats itself, as a long string does, is looked at less and less often
+                pause = 0 if is_new else 2 * pause + 1
+                again, following = pause, [last]
             if not matcher.consume_tokens(following):
                 return None
             piece = self.tokens.decode_bytes(following)
@@ -217,26 +227,29 @@ class Guide:
             text += piece
         return None
 
-    def _next(self, matcher: LLMatcher, inside: bool, seen: set[bytes]) -> int:
-        """A token on the way to the end."""
-        characters = self.vocabulary.characters
-        if self.constraint.kind == "json":
-            for code in b'"' if inside else ENDS:
-                if matcher.validate_tokens([characters[code]]) == 1:
-                    return characters[code]
+    def _end(self, matcher: LLMatcher, inside: bool) -> list[int]:
+        """A token that brings a JSON document nearer to its end, if there is one."""
+        if self.constraint.kind != "json":
+            return []
+        tokens = (self.vocabulary.characters[code] for code in (b'"' if inside else ENDS))
+        return next(([token] for token in tokens if matcher.validate_tokens([token]) == 1), [])
+
+    def _explore(self, matcher: LLMatcher, seen: set[bytes]) -> tuple[int, bool]:
+        """A token behind which something new is allowed, if there is one; and whether it is."""
         mask = memoryview(matcher.compute_bitmask())
-        allowed = [token for token in characters.values() if mask[token // 8] >> token % 8 & 1]
+        tokens = self.vocabulary.characters.values()
+        allowed = [token for token in tokens if mask[token // 8] >> token % 8 & 1]
         for token in allowed:
             matcher.consume_token(token)
             state = matcher.compute_bitmask()
             matcher.rollback(1)
-            if state not in seen:  # something new may follow, so this leads somewhere
+            if state not in seen:
                 seen.add(state)
-                return token
+                return token, True
         if allowed:
-            return allowed[0]
+            return allowed[0], False
         place = next((place for place, byte in enumerate(mask) if byte), 0)
-        return place * 8 + (mask[place] & -mask[place]).bit_length() - 1
+        return place * 8 + (mask[place] & -mask[place]).bit_length() - 1, True
 
 
 def _follow(text: bytes, inside: bool, escaped: bool) -> tuple[bool, bool]:

@@ -75,15 +75,23 @@ class Constraint:
         else:
             _check(isinstance(value, str) and value != "", name, value, "a text, not empty")
             made = cls("regex" if name == "regex" else "lark", value, bool(close))
-        compiled(made)
+        try:
+            compiled(made)
+        except RecursionError:
+            raise PromptError("schema is nested too deeply") from None
         return made
 
     def parse(self, text: str) -> Any:
         """The value that a JSON answer is; None for another kind, or if it is no whole document."""
         try:
             return json.loads(text) if self.kind == "json" else None
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
+
+    def result(self, text: str, closed: bool) -> dict[str, Any]:
+        """What an answer's JSON object says besides its text."""
+        value = {"value": self.parse(text)} if self.kind == "json" else {}
+        return {"closed": closed, **value}
 
 
 @lru_cache(maxsize=64)
@@ -103,17 +111,20 @@ def compiled(constraint: Constraint) -> str:
     if kind == "choice":
         value = "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in value)
     assert isinstance(value, str)
-    if kind == "json":
-        schema = json.dumps(bounded(json.loads(value)))
-        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
-    elif kind == "regex":
-        grammar = LLMatcher.grammar_from_regex(value)
-    else:
-        grammar = LLMatcher.grammar_from_lark(value)
-    refused, messages = LLMatcher.validate_grammar_with_warnings(grammar)
-    if refused:
-        raise refusal(constraint, messages[0])
-    return grammar
+
+    def checked(grammar: str) -> str:
+        refused, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+        if refused:
+            raise refusal(constraint, messages[0])
+        return grammar
+
+    if kind == "regex":
+        return checked(LLMatcher.grammar_from_regex(value))
+    if kind != "json":
+        return checked(LLMatcher.grammar_from_lark(value))
+    checked(LLMatcher.grammar_from_json_schema(value, overrides=JSON_STYLE))  # as it was given
+    schema = json.dumps(bounded(json.loads(value)))
+    return checked(LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE))
 
 
 def refusal(constraint: Constraint, message: str) -> PromptError:
@@ -142,23 +153,29 @@ def read_schema(schema: Any) -> dict[str, Any]:
     if isinstance(schema, Mapping):
         try:
             return json.loads(json.dumps(schema))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise PromptError(f"schema is no JSON: {error}") from None
     _check(isinstance(schema, (str, Path)), "schema", schema, RIGHT_SCHEMA)
-    is_text = isinstance(schema, str) and schema.strip()[:1] in ("{", "t", "f", "[", '"', "")
-    if is_text and (schema.strip()[:1] in ("{", "[") or not Path(schema).is_file()):
-        return _loads("schema", str(schema))
+    text = str(schema).strip()
+    _check(text != "", "schema", schema, RIGHT_SCHEMA)
+    if isinstance(schema, str) and (text[0] in "{[" or text in ("true", "false", "null")):
+        return _loads("schema", text)
+    return _loads(str(schema), read_text("schema", schema))
+
+
+def read_text(name: str, path: str | Path) -> str:
+    """A file of text; a PromptError that names it if it cannot be read."""
     try:
-        return _loads(str(schema), Path(schema).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise PromptError(f"schema {schema!s:.200} cannot be read: {reason}") from None
+        raise PromptError(f"{name} {path!s:.200} cannot be read: {reason}") from None
 
 
 def _loads(name: str, text: str) -> dict[str, Any]:
     try:
         schema = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PromptError(f"{name} is no JSON schema: {error}") from None
     if schema is True:
         return {}
@@ -243,7 +260,8 @@ def bounded(schema: dict[str, Any]) -> dict[str, Any]:
     kinds = [{"type": kind} for kind in ("string", "boolean", "null")]
     nested = {"type": "object", "additionalProperties": ANY}, {"type": "array", "items": ANY}
     definition = {"anyOf": [*nested, number, *kinds]}
-    return {**narrow, "$defs": {**narrow.get("$defs", {}), "_any": definition}}
+    given = narrow.get("$defs")
+    return {**narrow, "$defs": {**(given if isinstance(given, dict) else {}), "_any": definition}}
 
 
 def _schemas(schema: Any) -> Iterator[dict[str, Any]]:
@@ -301,10 +319,10 @@ def _is_whole(schema: Mapping[str, Any]) -> bool:
 def _bound_numbers(schema: dict[str, Any]) -> dict[str, Any]:
     if "enum" in schema or "const" in schema:
         return schema
-    given = [schema.get(key) for key in ("minimum", "exclusiveMinimum")]
-    lows = [v for v in given if isinstance(v, (int, float))]
-    given = [schema.get(key) for key in ("maximum", "exclusiveMaximum")]
-    highs = [v for v in given if isinstance(v, (int, float))]
+    lows, highs = (
+        [v for name in names if isinstance(v := schema.get(name), (int, float)) and v is not True]
+        for names in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum"))
+    )
     out = dict(schema)
     if not lows and all(high > -MOST_NUMBER for high in highs):
         out["minimum"] = -MOST_NUMBER

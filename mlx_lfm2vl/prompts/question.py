@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from ..errors import PromptError
@@ -184,6 +184,11 @@ class Question:
         return processor(
             self.prompt, self.images, tools=self.tools, image_options=self.image_options
         )
+
+    def prepared(self, processor: Lfm2VlProcessor) -> Question:
+        """The same question, its prompt made."""
+        prompt = self.prepare(processor)
+        return replace(self, prompt=prompt, images=None, tools=None, image_options=NO_OPTIONS)
 
 
 def _texts(stop: str | Sequence[str]) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from ..errors import ImageError, OutputError
 from ..options import ImageOptions, Sampling
 
 if TYPE_CHECKING:
+    from ..prompts.constraint import Constraint
     from ..prompts.processor import Lfm2VlProcessor, Prompt
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic")
@@ -48,11 +49,15 @@ class Task:
     stop: tuple[str, ...]
     sampling: Sampling
     image_options: ImageOptions
+    constraint: Constraint | None = None
 
     @property
     def settings(self) -> str:
         """A short hash of all fields."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        fields = asdict(self)
+        if self.constraint is None:
+            del fields["constraint"]  # as files know it that are older than the field
+        text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
     @property
@@ -251,7 +256,7 @@ def answer_all(
     )
     task.image_options.apply(processor.image_processor.config)  # wrong ones are told at once
     batch_size = batch_size if batch_size is not None else suggested_batch_size(model)
-    counts, asked = Counts(), list[Prepared]()
+    counts, asked, form = Counts(), list[Prepared](), task.constraint
 
     def write(image: Prepared, answer: dict[str, Any]) -> None:
         about = {"image": image.path, "digest": image.digest}
@@ -269,6 +274,7 @@ def answer_all(
                     seed=task.seed,
                     stop=task.stop,
                     sampling=task.sampling,
+                    constraint=task.constraint,
                 )
             elif image.error is not None:
                 counts.unreadable += 1
@@ -285,6 +291,7 @@ def answer_all(
             {
                 "text": result.text,
                 "finish_reason": result.finish_reason,
+                **({} if form is None else form.result(result.text, result.closed)),
                 "prompt_tokens": result.prompt_tokens,
                 "image_tokens": sum(result.image_tokens),
                 "generation_tokens": len(result.tokens),

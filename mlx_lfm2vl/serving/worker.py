@@ -127,7 +127,7 @@ class Worker:
         except Lfm2VlError as error:
             pending._finish(error)
             return pending
-        self._thread.put(Job(pending, partial(prepared, question), logprobs=logprobs), latest)
+        self._thread.put(Job(pending, question.prepared, logprobs=logprobs), latest)
         return pending
 
     def close(self, timeout: float | None = None) -> None:
@@ -287,14 +287,8 @@ class _Image:
             return processed
 
 
-def prepared(question: Question, processor: Lfm2VlProcessor) -> Question:
-    """The same question, its prompt made."""
-    prompt = question.prepare(processor)
-    return replace(question, prompt=prompt, images=None, tools=None, image_options=NO_OPTIONS)
-
-
 def _prepared(question: Question, processor: Lfm2VlProcessor) -> Question:
-    """As `prepared`, for a session's question."""
+    """As `Question.prepared`, for a session's question."""
     messages = cast("list[Message]", question.prompt)
     read = [map_images(message, lambda image: image.read(processor)) for message in messages]
-    return prepared(replace(question, prompt=read), processor)
+    return replace(question, prompt=read).prepared(processor)

@@ -144,11 +144,11 @@ class Guide:
         if token in self.vocabulary.eos_token_ids:
             self.ended = True
             return [token]
-        if not self.matcher.consume_token(token):
-            self._check()
+        if self.matcher.validate_tokens([token]) == 0:
             raise PromptError(
                 f"a logits processor has chosen token {token}, which the answer's form forbids"
             )
+        self.matcher.consume_token(token)
         coming = [token, *self.matcher.compute_ff_tokens()]
         if len(coming) > 1:
             self.matcher.consume_tokens(coming[1:])

@@ -75,10 +75,7 @@ class Constraint:
         else:
             _check(isinstance(value, str) and value != "", name, value, "a text, not empty")
             made = cls("regex" if name == "regex" else "lark", value, bool(close))
-        try:
-            compiled(made)
-        except RecursionError:
-            raise PromptError("schema is nested too deeply") from None
+        compiled(made)
         return made
 
     def parse(self, text: str) -> Any:
@@ -122,9 +119,14 @@ def compiled(constraint: Constraint) -> str:
         return checked(LLMatcher.grammar_from_regex(value))
     if kind != "json":
         return checked(LLMatcher.grammar_from_lark(value))
-    checked(LLMatcher.grammar_from_json_schema(value, overrides=JSON_STYLE))  # as it was given
-    schema = json.dumps(bounded(json.loads(value)))
-    return checked(LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE))
+    try:
+        checked(LLMatcher.grammar_from_json_schema(value, overrides=JSON_STYLE))  # as it was given
+        schema = json.dumps(bounded(json.loads(value)))
+        return checked(LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE))
+    except RecursionError:
+        raise PromptError("schema cannot be used: it is nested too deeply") from None
+    except ValueError as error:  # of llguidance; a PromptError is one, too
+        raise error if isinstance(error, PromptError) else refusal(constraint, str(error)) from None
 
 
 def refusal(constraint: Constraint, message: str) -> PromptError:

@@ -31,7 +31,7 @@ from mlx_lfm2vl import (
 )
 from mlx_lfm2vl.cli.batch import main as batch_main
 from mlx_lfm2vl.cli.generate import main as generate_main
-from mlx_lfm2vl.generation.guide import Guide, Vocabulary, vocabulary
+from mlx_lfm2vl.generation.guide import Vocabulary, vocabulary
 from mlx_lfm2vl.prompts.constraint import compiled, read_schema
 from mlx_lfm2vl.prompts.tokenizer import Lfm2Tokenizer
 
@@ -97,8 +97,6 @@ def test_forced_tokens_are_read_as_if_they_had_been_chosen(demo, monkeypatch):
                     quantized_kv_start=60)):  # fmt: skip
         text, _ = answer(demo, cache_options=options, **settings)
         with monkeypatch.context() as patch:
-            one = Guide.take
-            patch.setattr(Guide, "take", lambda *a, one=one: one(*a))
             patch.setattr("mlx_lfm2vl.generation.engine.Row.forced", property(_slow))
             slow, _ = answer(demo, cache_options=options, **settings)
         assert slow == text

@@ -1,7 +1,12 @@
-# Needs Python 3.10 or newer and make; everything else goes into .venv
+# Needs Python 3.11 or newer and make; everything else goes into .venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
+GOOD := $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info >= (3, 11) else "")' 2>/dev/null)
+FOUND := $(if $(VERSION),Python $(VERSION),no Python that runs)
 
 .PHONY: demo install test lint format clean
 
@@ -12,20 +17,27 @@ demo: $(VENV)/demo
 	$(BIN)/python examples/demo/detect.py --image examples/demo/picture.png \
 		--query "yellow square" "green cross" --output boxes.png
 
-$(VENV)/demo: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
-	touch $@
+# an environment of another Python is made anew
+$(VENV)/python-$(VERSION):
+	$(if $(GOOD),,$(error Python 3.11 or newer is needed and $(PYTHON) is $(FOUND); name another, as in: make PYTHON=python3.13))
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/demo: $(VENV)/python-$(VERSION) pyproject.toml
+	@echo "Installing mlx_lfm2vl and its libraries into $(VENV), once; this can take some minutes."
+	@$(PIP) -e .
+	@touch $@
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,heic]"
-	touch $@
+$(VENV)/installed: $(VENV)/python-$(VERSION) pyproject.toml
+	@echo "Installing mlx_lfm2vl and what its tests need into $(VENV), once; this can take some minutes."
+	@$(PIP) -e ".[test,heic]"
+	@touch $@
 
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Converts LFM2-VL checkpoints to MLX folders; `python convert.py --help` tells how."""
 
-from mlx_lfm2vl.convert_cli import main
+from mlx_lfm2vl.cli.convert import main
 
 if __name__ == "__main__":
     main()

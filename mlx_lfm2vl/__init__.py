@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     from .serving.session import Session, Usage
     from .serving.worker import Worker
     from .training.data import read_dataset
-    from .training.trainer import Trainer, TrainingOptions
+    from .training.options import TrainingOptions
+    from .training.trainer import Trainer
 
 # module -> names; imported when first used, so that `import mlx_lfm2vl` costs next to nothing
 _EXPORTS = {
@@ -78,7 +79,8 @@ _EXPORTS = {
         "serving.session": "Session Usage",
         "serving.worker": "Worker",
         "training.data": "read_dataset",
-        "training.trainer": "Trainer TrainingOptions",
+        "training.options": "TrainingOptions",
+        "training.trainer": "Trainer",
     }.items()
     for name in names.split()
 }

@@ -43,3 +43,15 @@ class OutputError(Lfm2VlError, ValueError):
 
 class SnapshotError(Lfm2VlError, ValueError):
     """A saved session is damaged, of another version, or of another model."""
+
+
+def one_line(name: str) -> str:
+    """A name for messages: printable, and shortened if somebody took a content for a name."""
+    name = name if name and name.isprintable() else repr(name)
+    return name if len(name) <= 500 else f"{name[:200]}…{name[-100:]}"
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    text = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    return one_line(text) if text else type(error).__name__

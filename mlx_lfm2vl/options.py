@@ -21,7 +21,7 @@ class ImageProcessorConfig:
     min_image_tokens: int = 64  # for a view that is no tile
     max_image_tokens: int = 256
     min_tiles: int = 2
-    max_tiles: int = 10
+    max_tiles: int = 10  # of grids with at most 10 rows and 10 columns
     do_image_splitting: bool = True
     use_thumbnail: bool = True
     max_pixels_tolerance: float = 2.0
@@ -32,26 +32,34 @@ class ImageProcessorConfig:
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
+        check_fields(self, IMAGE_BOUNDS, none=False)
+        self._check_triples()
         factor = self.encoder_patch_size * self.downsample_factor
         checks = (
-            (factor >= 1, "encoder_patch_size", self.encoder_patch_size, "1 or more"),
-            (self.tile_size >= factor and self.tile_size % factor == 0, "tile_size", self.tile_size,
-             f"a multiple of {factor}"),
-            (self.min_image_tokens >= 1, "min_image_tokens", self.min_image_tokens, "1 or more"),
+            (self.tile_size % factor == 0, "tile_size", self.tile_size, f"a multiple of {factor}"),
             (self.max_image_tokens >= self.min_image_tokens, "max_image_tokens",
              self.max_image_tokens, f"min_image_tokens ({self.min_image_tokens}) or more"),
-            (self.min_tiles >= 1, "min_tiles", self.min_tiles, "1 or more"),
             (self.max_tiles >= self.min_tiles, "max_tiles", self.max_tiles,
              f"min_tiles ({self.min_tiles}) or more"),
-            (self.max_pixels_tolerance > 0, "max_pixels_tolerance", self.max_pixels_tolerance,
-             "more than 0"),
-            (0 <= self.resample <= 5, "resample", self.resample, "0 to 5"),
-            (len(self.image_mean) == 3 and len(self.image_std) == 3, "image_mean and image_std",
-             (self.image_mean, self.image_std), "three numbers each"),
+            (any(self.min_tiles <= rows * cols <= self.max_tiles
+                 for rows in range(1, MAX_GRID_SIDE + 1) for cols in range(1, MAX_GRID_SIDE + 1)),
+             "max_tiles", self.max_tiles,
+             f"such that a grid of at most {MAX_GRID_SIDE} rows and columns has from min_tiles "
+             f"({self.min_tiles}) to max_tiles tiles"),
         )  # fmt: skip
         for good, key, value, right in checks:
             if not good:
-                raise ConfigError(f"image processor: {key} is {value}; it must be {right}")
+                raise ConfigError(f"{key} is {value}; it must be {right}")
+
+    def _check_triples(self) -> None:
+        for name, bound in (
+            ("image_mean", Bound(float, -1e6, 1e6)),
+            ("image_std", Bound(float, 1e-6, 1e6)),
+        ):
+            values = getattr(self, name)
+            several = isinstance(values, (tuple, list)) and len(values) == 3
+            if not several or not all(map(bound.fits, values)):
+                raise ConfigError(f"{name} is {values!r}; it must be three numbers, each {bound}")
 
 
 @dataclass(frozen=True)
@@ -71,42 +79,87 @@ class ImageOptions:
     max_pixels_tolerance: float | None = None
     use_image_special_tokens: bool | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self, IMAGE_BOUNDS)
+
     def apply(self, config: ImageProcessorConfig) -> ImageProcessorConfig:
         """The settings with these changes; a ConfigError names what does not fit."""
         return replace(config, **_given(self))
 
 
 class Bound(NamedTuple):
-    """What a number may be: of a kind, between two others; or 0, if that turns it off."""
+    """What a number may be: of a kind, between two others; or 0, if that turns it off.
+
+    Of the kind bool, only true and false fit.
+    """
 
     kind: type
     least: float
     most: float
     zero: bool = False
 
+    def fits(self, value: Any) -> bool:
+        kinds: Any = (int, float) if self.kind is float else self.kind
+        if not isinstance(value, kinds) or isinstance(value, bool) != (self.kind is bool):
+            return False
+        return bool(self.least <= value <= self.most or (self.zero and value == 0))
+
     def check(self, name: str, value: Any, error: type[Lfm2VlError] = ConfigError) -> None:
         """Raises an error that names the value; None is always right."""
-        kinds = (int, float) if self.kind is float else self.kind
-        number = isinstance(value, kinds) and not isinstance(value, bool)
-        inside = number and (self.least <= value <= self.most or (self.zero and value == 0))
-        if value is not None and not inside:
+        if value is not None and not self.fits(value):
             raise error(f"{name} is {value!r}; it must be {self}")
 
     def __str__(self) -> str:
+        if self.kind is bool:
+            return "true or false"
         what = "a whole number" if self.kind is int else "a number"
         off = "0, or " if self.zero else ""
-        return f"{off}{what} from {self.least:.16g} to {self.most:.16g}"
+        return f"{off}{what} from {self.least} to {self.most}"
 
 
-def check_fields(options: Any, bounds: Mapping[str, Bound]) -> None:
-    """Checks the fields of a dataclass that have bounds; a ConfigError names the first bad one."""
+def check_fields(options: Any, bounds: Mapping[str, Bound], none: bool = True) -> None:
+    """Checks the fields of a dataclass that have bounds; a ConfigError names the first bad one.
+
+    Bounds without a field are left out. `none` says whether None is right.
+    """
     for name, bound in bounds.items():
-        bound.check(name, getattr(options, name))
+        value = getattr(options, name, None)
+        bound.check(name, value)
+        if value is None and not none:
+            raise ConfigError(f"{name} is None; it must be {bound}")
+
+
+def check_bias(bias: Mapping[int, float] | None) -> None:
+    """Checks a logit bias; a ConfigError names what is wrong."""
+    if bias is None:
+        return
+    if not isinstance(bias, Mapping):
+        raise ConfigError(f"logit_bias is {bias!r:.200}; it must be a dict of token ids to numbers")
+    for token, value in bias.items():
+        Bound(int, 0, MOST).check("a token id of logit_bias", token)
+        LOGIT_BIAS.check(f"logit_bias of token {token}", value)
 
 
 MOST = 2**31 - 1  # of whole numbers that reach the device
 SEED = Bound(int, 0, 2**64 - 1)
 MAX_TOKENS = Bound(int, 1, MOST)
+MAX_GRID_SIDE = 10  # of tiles: the vocabularies hold marks of 10 rows and 10 columns
+FLAG = Bound(bool, 0, 1)
+IMAGE_BOUNDS = {
+    "tile_size": Bound(int, 1, 2048),
+    "encoder_patch_size": Bound(int, 1, 256),
+    "downsample_factor": Bound(int, 1, 16),
+    "min_image_tokens": Bound(int, 1, 2**14),
+    "max_image_tokens": Bound(int, 1, 2**14),
+    "min_tiles": Bound(int, 1, MAX_GRID_SIDE**2),
+    "max_tiles": Bound(int, 1, MAX_GRID_SIDE**2),
+    "do_image_splitting": FLAG,
+    "use_thumbnail": FLAG,
+    "max_pixels_tolerance": Bound(float, 1e-6, 1e9),
+    "use_image_special_tokens": FLAG,
+    "resample": Bound(int, 0, 5),
+    "rescale_factor": Bound(float, 1e-9, 1e3),
+}
 # float32 can tell these from 0; beyond them a quotient overflows
 SAMPLING_BOUNDS = {
     "temperature": Bound(float, 1e-3, 1e3, zero=True),
@@ -115,22 +168,45 @@ SAMPLING_BOUNDS = {
     "min_p": Bound(float, 1e-6, 1, zero=True),
     "repetition_penalty": Bound(float, 1e-2, 1e2),
     "repetition_context_size": Bound(int, 1, MOST),
+    "presence_penalty": Bound(float, -100, 100),
+    "frequency_penalty": Bound(float, -100, 100),
+    "xtc_probability": Bound(float, 0, 1),
+    "xtc_threshold": Bound(float, 0, 0.5),
 }
+LOGIT_BIAS = Bound(float, -1000, 1000)
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen. Temperature 0 is greedy; 0 (1.0 for the penalty) turns off."""
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 is greedy decoding.
+        top_p, top_k, min_p: filters of unlikely tokens; 0 turns them off.
+        repetition_penalty: divides the scores of recent tokens; 1 is none.
+        presence_penalty, frequency_penalty: subtracted from the scores of recent tokens, once or
+            for each time they came.
+        repetition_context_size: how many tokens are recent, prompt included, for all penalties.
+        xtc_probability: how often the most likely tokens above `xtc_threshold` are left out, all
+            but the least likely of them.
+        logit_bias: added to the scores of tokens, by id.
+    """
 
     temperature: float = 0.0
     top_p: float = 0.0
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    repetition_context_size: int = 20  # tokens
+    repetition_context_size: int = 20
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, SAMPLING_BOUNDS)
+        check_bias(self.logit_bias)
 
 
 @dataclass(frozen=True)
@@ -147,9 +223,15 @@ class Sampling:
     min_p: float | None = None
     repetition_penalty: float | None = None
     repetition_context_size: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, SAMPLING_BOUNDS)
+        check_bias(self.logit_bias)
 
     def apply(self, config: SamplingConfig) -> SamplingConfig:
         """The settings with these changes."""

@@ -1,4 +1,4 @@
-"""What the tests share: folders of small checkpoints made by the official implementation."""
+"""What the tests share: folders of small checkpoints that the official implementation ran."""
 
 import shutil
 import signal
@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from .checkpoints.weights import write_missing
+
 FIXTURES = Path(__file__).parent / "checkpoints"
 SHARED = Path(__file__).parents[2] / "shared"
 
 
-def pytest_configure():
+def pytest_configure(config):
     # a suite started in the background ignores Ctrl-C, and so would the programs that it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not hasattr(config, "workerinput"):  # before any worker starts
+        write_missing()
 
 
 @pytest.fixture(scope="session")

@@ -88,9 +88,9 @@ def test_unusable_image(name, reason, fails, tmp_path, loaded):
 @pytest.mark.parametrize(
     ("image", "reason"),
     [
-        ("http://127.0.0.1:9/x.png", "cannot be fetched"),
         ("data:image/png,abc", "data URL must look like"),
         ("data:image/png;base64,@@@", "not valid base64"),
+        ("data:image/png;base64,é", "not valid base64"),
         (b"", "empty"),
         (b"abc", "not an image"),
         (42, "type int cannot be read"),
@@ -111,8 +111,8 @@ def test_unreachable_url(fails):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--max-tokens", "-3"], "-3 must be 1 or more"),
-        (["--max-tokens", "0"], "0 must be 1 or more"),
+        (["--max-tokens", "-3"], "max_tokens is -3"),
+        (["--max-tokens", "0"], "max_tokens is 0"),
         (["--temp", "-1"], "temperature is -1"),
         (["--min-p", "2"], "min_p is 2"),
         (["--dtype", "int8"], "int8"),

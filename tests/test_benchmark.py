@@ -1,6 +1,7 @@
 """The benchmark measures what it says; how long anything takes is not tested."""
 
 import json
+import os
 from dataclasses import asdict, fields
 
 import mlx.core as mx
@@ -153,6 +154,13 @@ def test_image_options_hold_in_every_stage(fixtures):
         (("--size", "640"), "640 must be WIDTHxHEIGHT"),
         (("--size", "0x640"), "0x640 pixels"),
         (("--size", "70000x5"), "sides must be 1 to 16384"),
+        (("--size", "1x16384"), "one at most 256 times the other"),
+        (("--size", "16384x16384"), "89000000 pixels"),
+        (("--size", "0x0"), "0x0 pixels"),
+        (("--output", "missing/speed.json"), "missing/speed.json cannot be written"),
+        (("--output", "x" * 300 + ".json"), "File name too long"),
+        (("--adapter-path", "missing"), "missing has no adapter_config.json"),
+        (("--rounds", "many"), "many is no whole number"),
         (("--rounds", "0"), "0 must be 1 or more"),
         (("--max-tokens", "1"), "max_tokens is 1; it must be 2 or more"),
         (("--json", "missing/speed.json"), "missing/speed.json cannot be written"),
@@ -172,3 +180,51 @@ def test_bad_numbers_in_python(fixtures):
         benchmark(fixtures / "v5", rows=0)
     with pytest.raises(ImageError, match="is empty"):
         benchmark(fixtures / "v5", [b""])
+
+
+@pytest.fixture
+def measured(monkeypatch, result):
+    """Nothing is measured; returns what `benchmark` was called with."""
+    calls = []
+
+    def instead(model, images, sizes, **options):
+        calls.append((model, images, sizes, options))
+        return result
+
+    monkeypatch.setattr("mlx_lfm2vl.measuring.stages.benchmark", instead)
+    return calls
+
+
+def test_output_besides_the_table(capsys, measured, tmp_path, result):
+    file, link = tmp_path / "speed.json", tmp_path / "link.json"
+    file.write_text("old")
+    link.symlink_to(file)
+    out = run(capsys, "--output", link).out
+    assert out == as_table(result) + "\n"
+    assert json.loads(file.read_text()) == asdict(result)
+    assert sorted(tmp_path.iterdir()) == [link, file]
+    out = run(capsys, "--output", file, "--json").out
+    assert json.loads(out) == json.loads(file.read_text())
+    assert as_table(result) in run(capsys, "--json", os.devnull).out
+    assert not os.path.isfile(os.devnull), "the device was replaced"
+
+
+def test_a_file_that_fails_late_loses_no_numbers(capsys, measured, tmp_path, result, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    captured = run(capsys, "--output", tmp_path / "speed.json", code=2)
+    assert captured.out == as_table(result) + "\n"
+    assert captured.err.endswith("speed.json cannot be written: No space left on device\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_reach_the_measurement(capsys, measured, tmp_path):
+    (tmp_path / "adapters.safetensors").touch()
+    (tmp_path / "adapter_config.json").write_text('{"model": "somebody/tuned"}')
+    run(capsys, "--adapter-path", tmp_path, "--images", "a.png", "--size", "64x48", "-m", 9)
+    ((model, images, sizes, options),) = measured
+    assert (model, images, sizes) == ("somebody/tuned", ["a.png"], [(64, 48)])
+    assert options["adapter_path"] == str(tmp_path)
+    assert options["max_tokens"] == 9

@@ -223,3 +223,21 @@ def test_kv_cache_grows_in_blocks():
         cache.update_and_fetch(mx.zeros((1, 1, 1, 4)), mx.zeros((1, 1, 1, 4)))
         shapes.add(cache.capacity)
     assert shapes == {256, 512, 768}
+
+
+def test_a_prompt_follows_what_its_cache_holds(wide):
+    """As in mlx-lm: each call brings only what is new."""
+    ids = [n % 200 for n in range(3, 40)]
+    whole = [token for token, _ in generate_step(ids, wide, max_tokens=9)]
+    cache, seen = wide.make_cache(), []
+    assert list(generate_step(ids[:-3], wide, max_tokens=0, prompt_cache=cache)) == []
+    steps = generate_step(
+        ids[-3:], wide, max_tokens=4, prompt_cache=cache,
+        logits_processors=[lambda tokens, logits: seen.append(tokens.tolist()) or logits],
+    )  # fmt: skip
+    tokens = [token for token, _ in steps]
+    assert [cache[0].offset, seen[0]] == [len(ids) + 3, ids[-3:]]
+    tokens += [
+        token for token, _ in generate_step(tokens[-1:], wide, max_tokens=5, prompt_cache=cache)
+    ]
+    assert tokens == whole

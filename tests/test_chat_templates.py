@@ -10,18 +10,20 @@ from mlx_lfm2vl import ConfigError, PromptError
 from mlx_lfm2vl.prompts.template import compile_template
 from mlx_lfm2vl.prompts.tokenizer import Lfm2Tokenizer
 
-from .conftest import SHARED
+from .conftest import FIXTURES, SHARED
 
 HERE = Path(__file__).parent / "chat"
 CHECKPOINTS = SHARED / "checkpoints"
-pytestmark = pytest.mark.skipif(not CHECKPOINTS.exists(), reason="needs ../shared/checkpoints")
 CONVERSATIONS = json.loads((HERE / "conversations.json").read_text("utf-8"))
 RENDERED = json.loads((HERE / "rendered.json").read_text("utf-8"))
 TEMPLATES = list(RENDERED)
 NOW = datetime(2024, 2, 29, 12, 34, 56)
+SMALL = "first"
 
-every_template = pytest.mark.parametrize("template", TEMPLATES)
-every_conversation = pytest.mark.parametrize("name", CONVERSATIONS)
+# the small checkpoint's own template and vocabulary are always here
+every_template = pytest.mark.parametrize(
+    "template", [SMALL, *(TEMPLATES if CHECKPOINTS.exists() else [])]
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def tokenizer():
 
     def get(name: str) -> Lfm2Tokenizer:
         if name not in cache:
-            folder = CHECKPOINTS / name
+            folder = FIXTURES / name if name == SMALL else CHECKPOINTS / name
             if (folder / "tokenizer.json").exists():
                 cache[name] = Lfm2Tokenizer.from_folder(folder)
             else:
@@ -56,30 +58,22 @@ def test_every_conversation_is_here():
     assert all(entries.keys() == CONVERSATIONS.keys() for entries in RENDERED.values())
 
 
-@every_template
-@every_conversation
-def test_text_equals(template, name, tokenizer):
-    expected = RENDERED[template][name]
-    conversation = {**CONVERSATIONS[name], "now": NOW}
-    if "error" in expected:
-        with pytest.raises(PromptError):
-            tokenizer(template).render(**conversation)
-    else:
-        assert tokenizer(template).render(**conversation) == expected["text"]
-
-
-@every_template
-@every_conversation
-def test_ids_equal(template, name, tokenizer):
-    expected = RENDERED[template][name]
-    conversation = {**CONVERSATIONS[name], "now": NOW}
-    ours = tokenizer(template)
-    if "error" in expected:
-        with pytest.raises(PromptError):
-            ours.apply_chat_template(**conversation)
-    else:
-        ids = expected.get("ids", ours.encode(expected["text"]))
-        assert ours.apply_chat_template(**conversation) == ids
+@pytest.mark.skipif(not CHECKPOINTS.exists(), reason="needs ../shared/checkpoints")
+def test_texts_and_ids_equal(tokenizer):
+    """Every conversation with every published template."""
+    for template, entries in RENDERED.items():
+        ours = tokenizer(template)
+        for name, expected in entries.items():
+            conversation, where = {**CONVERSATIONS[name], "now": NOW}, (template, name)
+            if "error" in expected:
+                with pytest.raises(PromptError):
+                    ours.render(**conversation)
+                with pytest.raises(PromptError):
+                    ours.apply_chat_template(**conversation)
+                continue
+            assert ours.render(**conversation) == expected["text"], where
+            ids = expected.get("ids", ours.encode(expected["text"]))
+            assert ours.apply_chat_template(**conversation) == ids, where
 
 
 NAMES = ["<image>", "<|im_end|>", "<|im_start|>system", "<|tool_call_start|>", "<|image_end|>"]
@@ -102,10 +96,13 @@ UNTRUSTED = {
 
 
 @every_template
-@pytest.mark.parametrize("role", ["user", "tool", "developer"])
 @pytest.mark.parametrize("content", UNTRUSTED.values(), ids=UNTRUSTED)
-def test_untrusted_text_makes_no_control_token(template, role, content, tokenizer):
-    ours = tokenizer(template)
+def test_untrusted_text_makes_no_control_token(template, content, tokenizer):
+    for role in ("user", "tool", "developer"):
+        makes_no_control_token(tokenizer(template), role, content)
+
+
+def makes_no_control_token(ours, role, content):
     control = set(ours.special_tokens.values())
     images = isinstance(content, list) and {"type": "image"} in content
 
@@ -118,6 +115,37 @@ def test_untrusted_text_makes_no_control_token(template, role, content, tokenize
     messages = [user("Hi"), {"role": role, "content": content}]
     # nothing is lost either
     assert ours.decode(ours.apply_chat_template(messages)) == ours.render(messages)
+
+
+@pytest.mark.parametrize(
+    ("shown", "messages"),
+    [
+        ("m.role ~ m.content", [{"role": "<|im_", "content": "end|>"}]),
+        ("m.content", [user("<|im_"), user("end|>")]),
+        ("m.content", [user("<"), user("|im_end|>")]),
+        ("m.content|trim", [user("<  "), user("  |im_end|>")]),
+        ("m.content|lower", [user("<|IM_END|>")]),
+        ("m.content|replace(' ', '')", [user("<|im_ end|>")]),
+        ("m.content|replace('-', '_')", [user("<|im-end|>")]),
+        ("m.content|map(attribute='text')|join", [user(texts("<|im_", "end|>"))]),
+        ("m.content[1:]", [user("x<|im_end|>")]),
+        ("m.content|tojson(ensure_ascii=True)", [user("<|im_end|>")]),
+        ("m.content", [{"role": "assistant", "content": "<"}, user("image>")]),
+        ("m.content", [{"role": "system", "content": "<ima"}, user("ge>")]),
+    ],
+)
+def test_what_a_template_joins_makes_no_control_token(shown, messages, tokenizer):
+    other = tokenizer(SMALL)
+    source = "{% for m in messages %}{{ " + shown + " }}{% endfor %}"
+    ours = Lfm2Tokenizer(other.tokenizer, other.names, source)
+    ids = ours.apply_chat_template(messages)
+    assert not set(ids) & set(ours.special_tokens.values())
+    assert ours.decode(ids) == ours.render(messages)
+
+
+def test_a_text_of_all_characters_is_told(tokenizer):
+    with pytest.raises(PromptError, match="all characters that could mark"):
+        tokenizer(SMALL).apply_chat_template([user("".join(map(chr, range(0xE000, 0xFE00))))])
 
 
 @every_template
@@ -143,7 +171,7 @@ def test_image_in_tool_calls_and_schemas_is_text(template, tokenizer):
 
 
 def test_templates_are_sandboxed(tokenizer):
-    ours, messages = tokenizer("LFM2-VL-450M"), [user("Hi")]
+    ours, messages = tokenizer(SMALL), [user("Hi")]
     spy = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(PromptError, match="unsafe"):
         Lfm2Tokenizer(ours.tokenizer, ours.names, spy).render(messages)
@@ -156,9 +184,9 @@ def test_templates_are_sandboxed(tokenizer):
 
 def test_continue_and_generation_prompt_exclude_each_other(tokenizer):
     with pytest.raises(PromptError, match="exclude each other"):
-        tokenizer("LFM2-VL-450M").render([user("x")], continue_final_message=True)
+        tokenizer(SMALL).render([user("x")], continue_final_message=True)
 
 
 def test_half_a_character_is_refused(tokenizer):
     with pytest.raises(PromptError, match="lone surrogate"):
-        tokenizer("LFM2-VL-450M").apply_chat_template([user("a \ud83d b")])
+        tokenizer(SMALL).apply_chat_template([user("a \ud83d b")])

@@ -1,5 +1,6 @@
 """The command line as its user sees it."""
 
+import io
 import json
 import os
 import pty
@@ -7,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from PIL import Image
 
 from mlx_lfm2vl import generate
-from mlx_lfm2vl.cli.generate import build_parser, main
+from mlx_lfm2vl.cli.generate import build_parser, is_photograph, main
 
 from .checkpoints.pictures import picture
 
@@ -30,7 +33,13 @@ def run(capsys, fixtures):
 
     def call(*arguments, model="v5"):
         with pytest.raises(SystemExit) as exit_info:
-            main(["--model", str(fixtures / model), *map(str, arguments)])
+            main(
+                [
+                    "--model",
+                    str(model if model == "demo" else fixtures / model),
+                    *map(str, arguments),
+                ]
+            )
         captured = capsys.readouterr()
         assert exit_info.value.code == 0, captured.err
         return captured.out, captured.err
@@ -191,6 +200,22 @@ def test_a_terminal_sees_the_answer_grow(fixtures):
         os.close(reader)
 
 
+def test_a_pipe_sees_the_answer_grow(fixtures):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        command(fixtures, "-p", "Count", "--temp", 0, "-m", 100000),
+        stdout=subprocess.PIPE,
+        env=environment,
+    )
+    try:
+        for _ in range(5):
+            assert 0 < len(os.read(process.stdout.fileno(), 1 << 16)) < 4000
+        assert process.poll() is None, "the answer came at its end"
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_ctrl_c_ends_quietly(fixtures):
     process = subprocess.Popen(
         command(fixtures, "-p", "Count", "--temp", 0, "-m", 100000),
@@ -225,3 +250,130 @@ def test_help_names_every_argument_and_its_default():
         assert flag in text
     assert "LiquidAI/LFM2.5-VL-450M" in text
     assert "(default: 256)" in text
+
+
+@pytest.fixture
+def fails(capsys, fixtures):
+    """Runs the command line, expects failure, returns the one line on stderr."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as exit_info:
+            main(["--model", str(fixtures / "v5"), *map(str, arguments)])
+        captured = capsys.readouterr()
+        assert (exit_info.value.code, captured.out) == (2, "")
+        (line,) = captured.err.splitlines()
+        return line
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--image", "photo.png", "hi"], '"hi" stands after --image and was taken for an image'),
+        (["--image", "photo.png", "What", "is", "it?"], '--prompt "What is it?"'),
+        (["--image", "photo.png"], "--prompt is missing; ask something"),
+        (["hi"], 'hi belongs to no flag; a question is --prompt "hi"'),
+        (["-p", "Hi", "--temp", "inf"], "temperature is inf; it must be 0, or a number"),
+        (["-p", "Hi", "--temp", "nan"], "temperature is nan"),
+        (["-p", "Hi", "--temp", "hot"], "hot is no number"),
+        (["-p", "Hi", "--top-k", "-1"], "top_k is -1"),
+        (["-p", "Hi", "--seed", "-1"], "seed is -1"),
+        (["-p", "Hi", "--seed", str(2**64)], f"it must be a whole number from 0 to {2**64 - 1}"),
+        (["-p", "Hi", "-m", "9" * 5000], "9… is no whole number"),
+        (["-p", "Hi", "-m", str(2**31)], "a whole number from 1 to 2147483647"),
+        (["-p", "Hi", "--max-tiles", "0", "--image", "photo.png"], "max_tiles is 0"),
+        (["-p", "caf\udce9"], r"caf\udce9 is not UTF-8"),
+        (["-p", "Hi", "--image", "x" * 300], "File name too long"),
+        (["-p", "Hi", "--image", "photo.png/x"], "photo.png/x"),
+        (["-p", "Hi", "--image", "~nosuchuser/x.png"], "~nosuchuser/x.png does not exist"),
+        (["-p", "Hi", "--model", "~nosuchuser/x"], "~nosuchuser/x does not exist"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, told, fails, photo, monkeypatch):
+    monkeypatch.chdir(photo.parent)
+    assert told in fails(*arguments)
+
+
+def test_a_prompt_on_standard_input_must_be_text(fails, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8"))
+    assert "standard input is not UTF-8" in fails("-p", "-")
+
+
+def test_flags_have_the_names_of_other_tools(run, photo):
+    def tokens(*flags):
+        return json.loads(run(*flags, "-p", "What?", "-m", 1, "--json")[0])["prompt_tokens"]
+
+    assert tokens("--images", photo) == tokens("--image", photo)
+    assert tokens("--system-prompt", "Be brief.") == tokens("--system", "Be brief.") > tokens()
+    assert run("-p", "Hi", "--temperature", 0, "-m", 2)[0]
+
+
+def test_an_image_whose_name_begins_with_a_tilde(run, photo, monkeypatch):
+    monkeypatch.chdir(photo.parent)
+    photo.rename("~x.png")
+    assert run("--image", "~x.png", "-p", "What?", "-m", 2)[0]
+
+
+def test_adapters_bring_their_base_model(capsys, loaded, fixtures, tmp_path):
+    """Without --model; these adapters change nothing."""
+    model, processor = loaded()
+    name, linear = next(
+        (name, module)
+        for name, module in model.language_model.named_modules()
+        if name.endswith("q_proj")
+    )
+    outputs, inputs = linear.weight.shape
+    module = f"language_model.{name}"
+    mx.save_safetensors(
+        str(tmp_path / "adapters.safetensors"),
+        {f"{module}.lora_a": mx.ones((inputs, 2)), f"{module}.lora_b": mx.zeros((2, outputs))},
+    )
+    config = {"lora_parameters": {"scale": 1.0}, "model": str(fixtures / "v5")}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--adapter-path", str(tmp_path), "-p", "Hi", "--temp", "0", "-m", "5"])
+    assert exit_info.value.code == 0
+    expected = generate(model, processor, "Hi", temperature=0, max_tokens=5)
+    assert capsys.readouterr().out == expected + "\n"
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PHOTOS = sorted(EXAMPLES.glob("photos/*.*g"))
+DRAWING = EXAMPLES / "demo" / "picture.png"
+
+
+def test_photographs_and_drawings_are_told_apart():
+    assert len(PHOTOS) == 3
+    assert all(map(is_photograph, PHOTOS))
+    assert not is_photograph(DRAWING)
+    assert not is_photograph(Image.new("RGB", (1, 3000), "red"))
+
+
+@pytest.mark.parametrize(("image", "lines"), [(PHOTOS[0], 1), (DRAWING, 0)])
+def test_the_demo_model_warns_of_photographs(image, lines, run):
+    out, err = run("--image", image, "-p", "What is in this image?", "-m", 5, model="demo")
+    assert out
+    assert err.count("\n") == lines
+    assert ("looks like a photograph" in err) == bool(lines)
+
+
+def test_other_models_know_photographs(run):
+    assert run("--image", PHOTOS[0], "-p", "What?", "-m", 2)[1] == ""
+
+
+def test_detect_fails_in_one_line(tmp_path):
+    def detect(image, query, output):
+        command = [sys.executable, EXAMPLES / "demo" / "detect.py", "--image", image]
+        run = subprocess.run(
+            [*command, "--query", query, "--output", output], capture_output=True, text=True
+        )
+        return run.returncode, run.stderr.splitlines()
+
+    code, lines = detect(EXAMPLES / "photos" / "coffee.png", "star", tmp_path / "boxes.png")
+    assert (code, len(lines)) == (1, 2)
+    assert "looks like a photograph" in lines[0]
+    assert "the answer is no list of boxes" in lines[1]
+    code, lines = detect(DRAWING, "yellow square", tmp_path / "no" / "boxes.png")
+    assert (code, len(lines)) == (1, 1)
+    assert "No such file or directory" in lines[0]

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from mlx_lfm2vl import ConfigError, ImageOptions, ImageProcessorConfig, Lfm2VlConfig, Sampling
+from mlx_lfm2vl import ConfigError, ImageOptions, ImageProcessorConfig, Lfm2VlConfig
 from mlx_lfm2vl.checkpoints.settings import load_generation_config, load_image_processor_config
 from mlx_lfm2vl.models.config import load_config
-from mlx_lfm2vl.options import FAMILY_SAMPLING
+from mlx_lfm2vl.options import FAMILY_SAMPLING, SamplingConfig
 
 from .conftest import SHARED
 
@@ -159,29 +159,26 @@ def test_what_cannot_be_names_file_key_and_values(changes, message):
 
 
 @needs_checkpoints
-@pytest.mark.parametrize(
-    ("name", "min_tiles", "thumbnail", "tolerance", "resample"),
-    [
+def test_image_settings_of_the_published_files(tmp_path):
+    for name, min_tiles, thumbnail, tolerance, resample in [
         ("LFM2-VL-450M", 2, False, 2.0, 2),
         ("LFM2.5-VL-450M", 2, True, 2.0, 2),
         ("LFM2.5-VL-1.6B", 2, True, 2.0, 2),
         ("LFM2-VL-1.6B", 2, True, 1.5, 2),
         ("LFM2.5-VL-3B", 1, True, 2.0, 3),
-    ],
-)
-def test_image_settings_of_the_published_files(
-    name, min_tiles, thumbnail, tolerance, resample, tmp_path
-):
-    for path in (CHECKPOINTS / name).glob("*processor_config.json"):
-        (tmp_path / path.name).write_text(path.read_text())
-    (tmp_path / "config.json").write_text("{}")
-    settings = load_image_processor_config(tmp_path, Lfm2VlConfig())
-    assert settings == ImageProcessorConfig(
-        min_tiles=min_tiles,
-        use_thumbnail=thumbnail,
-        max_pixels_tolerance=tolerance,
-        resample=resample,
-    )
+    ]:
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in (CHECKPOINTS / name).glob("*processor_config.json"):
+            (folder / path.name).write_text(path.read_text())
+        (folder / "config.json").write_text("{}")
+        settings = load_image_processor_config(folder, Lfm2VlConfig())
+        assert settings == ImageProcessorConfig(
+            min_tiles=min_tiles,
+            use_thumbnail=thumbnail,
+            max_pixels_tolerance=tolerance,
+            resample=resample,
+        ), name
 
 
 def merged(folder, config_json=None, **files) -> ImageProcessorConfig:
@@ -251,11 +248,11 @@ def test_recommended_sampling(tmp_path):
     assert only_ids.sampling == FAMILY_SAMPLING
     assert only_ids.sampling_source == "model card"
     stated = generation(tmp_path, do_sample=True, temperature=0.2, top_k=50, repetition_penalty=1.0)
-    assert stated.sampling == Sampling(temperature=0.2, top_k=50)
+    assert stated.sampling == SamplingConfig(temperature=0.2, top_k=50)
     assert stated.sampling_source == "generation_config.json"
     assert stated.eos_token_ids == (9,)
     assert generation(tmp_path, do_sample=False, temperature=0.7).sampling.temperature == 0
-    assert generation(tmp_path, top_p=0.9).sampling == Sampling(temperature=1.0, top_p=0.9)
+    assert generation(tmp_path, top_p=0.9).sampling == SamplingConfig(temperature=1.0, top_p=0.9)
     with pytest.raises(ConfigError, match="temperature is 'hot'"):
         generation(tmp_path, temperature="hot")
 
@@ -265,7 +262,7 @@ def test_published_generation_configs():
     small = load_generation_config(CHECKPOINTS / "LFM2.5-VL-450M", config())
     assert (small.sampling, small.eos_token_ids) == (FAMILY_SAMPLING, (7,))
     large = load_generation_config(CHECKPOINTS / "LFM2.5-VL-3B", config())
-    assert large.sampling == Sampling(temperature=0.2, top_k=50)
+    assert large.sampling == SamplingConfig(temperature=0.2, top_k=50)
     assert large.eos_token_ids == (124900,)
     for name in ("LFM2-VL-450M", "LFM2.5-VL-450M", "LFM2.5-VL-1.6B"):
         made = load_config(CHECKPOINTS / name)

@@ -196,7 +196,7 @@ def test_a_short_lora_run_teaches_a_new_word(tmp_path):
     """The commands of the README as they stand."""
     assert hearts_told() == 0
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     lines = [line for line in readme.splitlines() if line.startswith("python") and "heart" in line]
     assert len(lines) == 3
     for line in lines:

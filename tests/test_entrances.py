@@ -56,7 +56,8 @@ class Case:
 
 def setting(name: str, value: Any, *flags: str, fails: str | None = None, **more: Any) -> Case:
     settings = {name: value, **more}
-    return Case(f"{name}={value!r:.30}", settings=settings, flags=flags or None, fails=fails)
+    shown = "halved" if name == "logits_processors" else f"{value!r:.30}"
+    return Case(f"{name}={shown}", settings=settings, flags=flags or None, fails=fails)
 
 
 def user(*items: Any) -> list[dict[str, Any]]:
@@ -102,6 +103,12 @@ CASES = [
     setting("repetition_penalty", 0.0, "--repetition-penalty", "0", fails="is 0.0"),
     setting("repetition_context_size", 3, "--repetition-context-size", "3"),
     setting("repetition_context_size", 0, fails="repetition_context_size is 0"),
+    setting("presence_penalty", 1.5, "--presence-penalty", "1.5"),
+    setting("frequency_penalty", 0.5, "--frequency-penalty", "0.5"),
+    setting("frequency_penalty", 1e9, "--frequency-penalty", "1e9", fails="frequency_penalty is"),
+    setting("xtc_probability", 1.0, "--xtc-probability", "1", "--temp", "1", temperature=1.0),
+    setting("logit_bias", {9: 50.0}),
+    setting("logit_bias", {-1: 1.0}, fails="a token id of logit_bias is -1"),
     setting("sampling", Sampling(top_p=0.9), "--top-p", "0.9"),
     setting("sampling", Sampling(temperature=0), "--temp", "0"),
     setting("sampling", Sampling(top_p=0.5), temperature=1.0),
@@ -120,7 +127,11 @@ CASES = [
     setting("cache_options", CacheOptions(400), "--max-kv-size", "400"),
     setting("cache_options", CacheOptions(6), "--max-kv-size", "6", fails="more than half of"),
     setting("cache_options", 200, fails="cache_options is 200"),
-    setting("logits_processors", [lambda tokens, logits: logits * 0.5]),
+    # named here: the address of a function differs between the processes of a suite
+    Case(
+        "logits_processors", flags=None,
+        settings={"logits_processors": [lambda tokens, logits: logits * 0.5]},
+    ),
     setting("schema", SCHEMA, "--json-schema", SCHEMA_TEXT, "-m", "80", max_tokens=80),
     setting("schema", SCHEMA_TEXT, "--json-schema", SCHEMA_TEXT, "-m", "22", max_tokens=22),
     setting("schema", SCHEMA, max_tokens=30, close=False, temperature=3.0),

@@ -136,7 +136,7 @@ def test_steps_are_those_of_mlx_lm_with_sampler_and_penalty(loaded):
         model,
         max_tokens=15,
         sampler=sampling.make_sampler(0.8, min_p=0.05),
-        logits_processors=sampling.make_logits_processors(1.3),
+        logits_processors=sampling.make_logits_processors(None, 1.3),
     )
     assert [token for token, _ in ours] == theirs
 

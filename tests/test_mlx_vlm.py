@@ -1,8 +1,10 @@
 """Folders that mlx-vlm 0.7.10 converted load here, and ours are the same to it.
 
-`checkpoints/mlx_vlm` holds its conversions of the checkpoint `wide`, and its own logits of them;
-see `checkpoints/compare_mlx_vlm.py`.
+`checkpoints/mlx_vlm` holds its conversions of the checkpoint `wide`, digests in place of tensors,
+and its own logits of them; see `checkpoints/compare_mlx_vlm.py`.
 """
+
+import json
 
 import mlx.core as mx
 import numpy as np
@@ -11,10 +13,10 @@ import pytest
 import mlx_lfm2vl
 from mlx_lfm2vl import Quantization, convert
 
+from .checkpoints.weights import DIGESTS, MLX_VLM, raw_tensors
 from .conftest import FIXTURES
 from .test_parity import TOLERANCE, shapes, stored
 
-THEIRS = FIXTURES / "mlx_vlm"
 CONVERSIONS = {
     "plain": None,
     "bf16": None,
@@ -31,7 +33,7 @@ def convert_as(name: str, folder) -> None:
 
 
 def kept(name: str) -> dict[str, np.ndarray]:
-    with np.load(THEIRS / f"{name}.npz") as arrays:
+    with np.load(MLX_VLM / f"{name}.npz") as arrays:
         return dict(arrays)
 
 
@@ -41,7 +43,7 @@ def close(ours: mx.array, theirs: np.ndarray) -> None:
 
 @pytest.mark.parametrize("name", CONVERSIONS)
 def test_its_folders_load_here_with_its_logits(name):
-    model, _ = mlx_lfm2vl.load(THEIRS / name, dtype="float32")
+    model, _ = mlx_lfm2vl.load(MLX_VLM / name, dtype="float32")
     close(model(mx.arange(120, 150)[None]).logits[0], kept(name)["text"])
     case = stored("wide", "small")
     ids = mx.array(case["input_ids"])[None]
@@ -54,12 +56,9 @@ def test_its_folders_load_here_with_its_logits(name):
 @pytest.mark.parametrize("name", CONVERSIONS)
 def test_our_conversion_is_its_own_bit_by_bit(name, tmp_path):
     convert_as(name, tmp_path)
-    ours = mx.load(str(tmp_path / name / "model.safetensors"))
-    theirs = mx.load(str(THEIRS / name / "model.safetensors"))
-    assert ours.keys() == theirs.keys()
-    for key, tensor in ours.items():
-        assert tensor.dtype == theirs[key].dtype
-        assert mx.array_equal(tensor, theirs[key]), key
+    theirs = json.loads(DIGESTS.read_text())[name]
+    ours = raw_tensors(tmp_path / name / "model.safetensors")
+    assert ours == {key: tuple(tensor) for key, tensor in theirs.items()}
 
 
 @pytest.mark.parametrize("name", CONVERSIONS)

@@ -15,7 +15,14 @@ from .checkpoints.pictures import picture
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+PAGES = {
+    path.name: path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+BLOCKS = {
+    name: re.findall(r"^```(\w+)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    for name, page in PAGES.items()
+}
 DEFAULT_MODEL = "LiquidAI/LFM2.5-VL-450M"
 
 
@@ -28,24 +35,26 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_python_blocks_run_in_order(folder, fixtures, capsys):
+@pytest.mark.parametrize("page", [name for name in PAGES if "```python" in PAGES[name]])
+def test_python_blocks_run_in_order(page, folder, fixtures, capsys):
     names = {}
-    blocks = [block for kind, block in BLOCKS if kind == "python"]
-    assert len(blocks) >= 6
-    for block in blocks:
+    for block in (block for kind, block in BLOCKS[page] if kind == "python"):
         code = block.replace(DEFAULT_MODEL, str(fixtures / "v5"))
         exec(compile(code, "README.md", "exec"), names)
-    out = capsys.readouterr().out
-    assert "tok/s" in out
+    assert capsys.readouterr().out
 
 
-COMMANDS = [
-    line
-    for kind, block in BLOCKS
-    if kind == "sh"
-    for line in block.splitlines()
-    if line.strip() and not line.startswith("#")
-]
+def commands(page):
+    return [
+        line
+        for kind, block in BLOCKS[page]
+        if kind == "sh"
+        for line in block.splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
+
+
+COMMANDS = list(dict.fromkeys(line for page in PAGES for line in commands(page)))
 
 
 # run as they stand in test_demo.py
@@ -83,7 +92,7 @@ def test_commands_run(line, folder, fixtures):
 
 def prepare_training(line, folder, fixtures):
     """The samples that the README shows, and adapters where a command reads some."""
-    sample = next(block for kind, block in BLOCKS if kind == "json")
+    sample = next(block for kind, block in BLOCKS["README.md"] if kind == "json")
     (folder / "samples.jsonl").write_text(sample * 4)
     train = next(command for command in COMMANDS if "mlx_lfm2vl.train" in command)
 
@@ -98,18 +107,19 @@ def prepare_training(line, folder, fixtures):
 
 
 def test_other_commands_are_those_that_ci_runs():
-    others = [line for line in COMMANDS if "python -m" not in line and line not in NEW_WORD]
+    others = [line for line in commands("README.md") if "python -m" not in line]
     assert others[-1] == "make test"
     assert "make test" in (ROOT / ".ci" / "run").read_text()
     assert all(line.startswith(("pip install ", "make demo")) for line in others[:-1])
 
 
 def test_every_link_into_the_repository_exists():
-    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    named = re.findall(r"`((?:examples|tests)/[\w./]+)`", README)
-    assert targets
-    for target in targets + named:
-        assert (ROOT / target).exists(), target
+    for name, page in PAGES.items():
+        folder = ROOT if name == "README.md" else ROOT / "docs"
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page):
+            assert (folder / target).exists(), target
+        for target in re.findall(r"`((?:examples|tests|docs)/[\w./]+)`", page):
+            assert (ROOT / target).exists(), target
 
 
 def test_length():

@@ -53,6 +53,8 @@ def test_filters_equal_mlx_lm(ours, theirs, arguments, seed):
         {"temp": 0.2, "top_k": 50},
         {"temp": 1.3, "top_p": 0.9, "min_p": 0.02, "top_k": 20},
         {"temp": 1.0, "min_p": 0.9, "min_tokens_to_keep": 5},
+        {"temp": 1.0, "xtc_probability": 0.5, "xtc_threshold": 0.02},
+        {"temp": 1.0, "xtc_probability": 1.0, "xtc_threshold": 0.02, "xtc_special_tokens": [3, 5]},
     ],
 )
 def test_sampler_draws_the_tokens_of_mlx_lm(settings):
@@ -74,10 +76,30 @@ def test_repetition_penalty_equals_mlx_lm(context):
     assert not mx.array_equal(ours, logits)
 
 
-def test_a_penalty_of_one_costs_nothing():
-    assert make_logits_processors(1.0) == []
-    assert make_logits_processors(None) == []
-    assert len(make_logits_processors(1.05)) == 1
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"logit_bias": {3: 2.5, 77: -9.0}},
+        {"presence_penalty": 0.7},
+        {"frequency_penalty": 0.4, "frequency_context_size": 7},
+        {"repetition_penalty": 1.3, "presence_penalty": -0.5, "frequency_penalty": 1.1},
+    ],
+)
+def test_processors_equal_mlx_lm(settings):
+    tokens = mx.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5] * 4)
+    ours = theirs = random_logprobs(3, rows=1) + 6
+    for processor in make_logits_processors(**settings):
+        ours = processor(tokens, mx.array(ours))
+    for processor in oracle.make_logits_processors(**settings):
+        theirs = processor(tokens, mx.array(theirs))
+    assert mx.array_equal(ours, theirs)
+    assert not mx.array_equal(ours, random_logprobs(3, rows=1) + 6)
+
+
+def test_what_changes_nothing_costs_nothing():
+    assert make_logits_processors({}, 1.0, 20, 0.0, 20, 0.0) == []
+    assert make_logits_processors() == []
+    assert len(make_logits_processors({1: 2.0}, 1.05, 20, 0.5, 20, 0.5)) == 4
 
 
 def test_temperature_zero_alone_is_plain_greedy():
@@ -96,6 +118,9 @@ def test_temperature_zero_alone_is_plain_greedy():
         {"min_p": -0.1},
         {"repetition_penalty": 0},
         {"repetition_context_size": 0},
+        {"presence_penalty": float("nan")},
+        {"xtc_threshold": 0.6},
+        {"logit_bias": [1]},
     ],
 )
 def test_impossible_settings_are_named(wrong):

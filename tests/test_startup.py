@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mlx_lfm2vl.cli.commands import COMMANDS
+
 HEAVY = ("transformers", "torch", "mlx_lm", "numpy", "PIL", "jinja2", "huggingface_hub")
 # printed after everything else, so that the last line of stdout is the list
 REPORT = """
@@ -39,8 +41,9 @@ def test_import_loads_nothing_heavy(code):
 
 
 @pytest.mark.parametrize("flag", ["--help", "--version"])
-def test_help_loads_nothing_heavy(flag):
-    modules = modules_after(run_module("mlx_lfm2vl.generate"), flag)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_loads_nothing_heavy(command, flag):
+    modules = modules_after(run_module(f"mlx_lfm2vl.{command}"), flag)
     assert modules.isdisjoint(HEAVY)
 
 
@@ -68,8 +71,12 @@ ROOMS = (
     *("_version", "errors", "files", "options", "prompts", "models", "checkpoints", "generation"),
     *("serving", "conversion", "training", "measuring", "cli"),
 )
-DOORS = ("batch", "benchmark", "convert", "fuse", "generate", "train")
+DOORS = ("__main__", "batch", "benchmark", "convert", "fuse", "generate", "train")
 Module = tuple[str, ...]
+
+
+def test_every_command_has_a_door():
+    assert {*COMMANDS, "__main__"} == set(DOORS)
 
 
 def imports(folder: Path) -> dict[Module, set[Module]]:

@@ -13,11 +13,12 @@ from mlx_lfm2vl.checkpoints.adapters import PARTS, trainable_linears
 from mlx_lfm2vl.checkpoints.names import mlx_name
 from mlx_lfm2vl.models.layers import random_seed
 from mlx_lfm2vl.training.data import Batch, collate, read_dataset
-from mlx_lfm2vl.training.trainer import TrainingOptions, loss_sum, make_optimizer, prepare, step
+from mlx_lfm2vl.training.options import TrainingOptions
+from mlx_lfm2vl.training.trainer import loss_sum, make_optimizer, prepare, step
 
 from .checkpoints.pictures import TRAINED
 from .conftest import FIXTURES
-from .test_data import save_case, write_lines
+from .helpers import save_case, write_lines
 from .test_parity import stored
 
 EVERYTHING = tuple(PARTS)
@@ -231,13 +232,13 @@ def test_a_lora_step_is_the_projection_of_a_full_one(cases, beside):
 @pytest.mark.parametrize("part", EVERYTHING)
 def test_only_chosen_parts_learn(kind, part, cases, beside):
     model = fresh()
-    batch = beside(cases.samples[:3])
+    batch = beside([next(sample for sample in cases.samples if sample.patches)])
     options = replace(FULL, fine_tune_type=kind, train=(part,))
     prepare(model, options)
     before, optimizer = weights_of(model), make_optimizer(options)
     # the second step moves A, whose gradient is zero while B is
-    losses = [step(model, optimizer, [batch], 1.0)[0].item() for _ in range(3)]
-    assert losses[2] < losses[0]
+    losses = [step(model, optimizer, [batch], 1.0)[0].item() for _ in range(2)]
+    assert losses[1] < losses[0]
     after = weights_of(model)
     changed = {name for name, value in after.items() if (value != before[name]).any()}
     expected = {name for name in after if name.startswith(f"{PARTS[part]}.")}
@@ -282,7 +283,7 @@ def test_checkpointed_gradients_are_the_same(kind, cases, beside):
     assert twice == 2 * once
     assert same_loss == loss
     assert furthest(found, expected) < 1e-6
-    # a dropped input stays dropped when it is computed again, and chance goes on as without
+    # a dropped input stays dropped when it is computed again, and chance continues as without
     assert same_chance == chance
     assert (chance == 4) == (kind == "full")
 
@@ -301,7 +302,7 @@ def count_calls(layer, calls):
 
 def test_checkpointing_holds_fewer_activations(loaded):
     peaks = []
-    ids = np.full((8, 256), 200, np.int32)
+    ids = np.full((4, 256), 200, np.int32)
     positions = np.arange(16, dtype=np.int32)
     batch = Batch(ids, positions, ids.reshape(-1)[positions], None, (), ids.size)
     for again in (False, True):
@@ -438,11 +439,18 @@ def test_warmup_and_decay():
         ({"schedule": "step"}, "schedule is 'step'"),
         ({"train": ("language", "audio")}, "choose among language, projector, vision"),
         ({"train": ()}, "choose among"),
+        ({"train": ("vision", "vision")}, "choose among .*, each once"),
         ({"iters": 0}, "iters is 0"),
         ({"rank": 0}, "rank is 0"),
         ({"num_layers": 0}, "num_layers is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0"),
-        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        *(
+            ({name: value}, f"{name} is {value}")
+            for name in ("learning_rate", "weight_decay", "max_grad_norm", "scale", "dropout")
+            for value in (float("inf"), float("nan"), -1.0)
+        ),
+        ({"learning_rate": 1e39}, "learning_rate is 1e"),  # infinite in float32
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"warmup": 1000}, "warmup is 1000; it must be below the 1000 iters"),
         ({"dropout": 1.0}, "dropout is 1"),
         ({"optimizer": "adam", "weight_decay": 0.1}, "adam has no weight_decay; adamw has"),

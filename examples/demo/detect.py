@@ -17,14 +17,19 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from world import COLORS, DETECT
 
 from mlx_lfm2vl import Lfm2VlError, generate, load
+from mlx_lfm2vl.cli.generate import is_photograph
 
 
 def parse(answer: str) -> list[dict[str, Any]]:
-    """The objects of an answer; a ValueError where it is no array of them."""
-    boxes = json.loads(answer)
-    for box in boxes:
-        if len(box["bbox"]) != 4 or not isinstance(box["label"], str):
-            raise ValueError(f"{box} has no label and bbox")
+    """The objects of an answer; a ValueError if it is no array of them."""
+    try:
+        boxes = json.loads(answer)
+        for box in boxes:
+            x1, y1, x2, y2 = (float(value) for value in box["bbox"])
+            if not (x1 <= x2 and y1 <= y2 and isinstance(box["label"], str)):
+                raise ValueError("a box has no extent or no name")
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"the answer is no list of boxes: {answer[:60]}…") from None
     return list(boxes)
 
 
@@ -54,16 +59,22 @@ def main() -> None:
     args = parser.parse_args()
     try:
         picture = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")
+        if args.model == "demo" and is_photograph(picture):
+            print(
+                "(looks like a photograph; the demo model knows only drawn shapes, "
+                "--model LiquidAI/LFM2.5-VL-450M knows more)",
+                file=sys.stderr,
+            )
         model, processor = load(args.model)
         boxes = []
         for query in args.query:
             question = DETECT.format(query=query)
             answer = generate(model, processor, question, images=picture, temperature=0.0)
-            print(f"{query}: {answer}")
             boxes += parse(answer)
-    except (Lfm2VlError, OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(f"detect.py: error: {error}")
-    draw(picture, boxes).save(args.output)
+            print(f"{query}: {answer}")
+        draw(picture, boxes).save(args.output)
+    except (Lfm2VlError, OSError, ValueError) as error:
+        sys.exit(f"detect.py: error: {' '.join(str(error).split())}")
     print(f"wrote {args.output}")
 
 

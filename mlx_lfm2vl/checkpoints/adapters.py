@@ -1,6 +1,7 @@
 """Adapters: small trained updates beside the linear maps of a model.
 
-Files are mlx-lm's, `adapters.safetensors` and `adapter_config.json`. LoRA (Hu et al. 2021) adds
+Files are mlx-lm's, `adapters.safetensors` and `adapter_config.json`; see docs/adapters.md for who
+reads what. LoRA (Hu et al. 2021) adds
 `scale · B · A` to a weight; DoRA (Liu et al. 2024) also learns the length of each output's row.
 Training uses mlx-lm's own layers. Those here only apply what was trained, so that asking a
 question imports nothing of mlx-lm.
@@ -8,6 +9,9 @@ question imports nothing of mlx-lm.
 
 from __future__ import annotations
 
+import math
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +23,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..errors import TrainError
 from ..files import read_json
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
-from .weights import check_file
+from .hub import DEMO, REPOSITORY_ID
+from .weights import dequantized, quantization_of, read_arrays
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapters.safetensors"
 FINE_TUNE_TYPES = ("full", "lora", "dora")
+
+CACHED_REPOSITORY = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]")
 
 # parts of a model by the names that users give them
 PARTS = {
@@ -85,16 +92,10 @@ def update_of(update: Update, scale: float) -> mx.array:
 
 def float_weight(linear: nn.Module) -> mx.array:
     """A linear map's weight in float32, (outputs, inputs)."""
-    if not isinstance(linear, nn.QuantizedLinear):
+    settings = quantization_of(linear)
+    if settings is None:
         return linear.weight.astype(mx.float32)
-    return mx.dequantize(
-        linear.weight,
-        linear.scales,
-        linear.get("biases"),
-        linear.group_size,
-        linear.bits,
-        mode=linear.mode,
-    ).astype(mx.float32)
+    return dequantized(linear, settings)
 
 
 def merged_weight(weight: mx.array, update: Update, scale: float) -> mx.array:
@@ -112,6 +113,26 @@ def read_adapters(folder: str | Path) -> Adapters:
         TrainError: no such folder, a file is missing, or the files contradict each other.
         WeightsError: the weights are damaged.
     """
+    path, config = _adapter_config(folder)
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in FINE_TUNE_TYPES:
+        raise TrainError(f"{path / ADAPTER_CONFIG}: fine_tune_type {kind!r} is unknown")
+    with mx.stream(mx.new_thread_unsafe_stream(mx.cpu)):
+        tensors = read_arrays(path / ADAPTER_WEIGHTS)
+    if kind == "full":
+        return Adapters(1.0, {}, tensors)
+    parameters = config.get("lora_parameters")
+    scale = parameters.get("scale") if isinstance(parameters, Mapping) else None
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise TrainError(
+            f"{path / ADAPTER_CONFIG} has no lora_parameters with a scale, a number; it is "
+            f"{scale!r}"
+        )
+    return Adapters(float(scale), dict(_updates(tensors, path)), {})
+
+
+def _adapter_config(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The folder and its configuration; a TrainError if a file is missing."""
     path = Path(folder).expanduser()
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (path / name).exists():
@@ -119,20 +140,41 @@ def read_adapters(folder: str | Path) -> Adapters:
                 f"{path} has no {name}; adapters are folders with {ADAPTER_CONFIG} and "
                 f"{ADAPTER_WEIGHTS}"
             )
-    config = read_json(path / ADAPTER_CONFIG)
-    kind = config.get("fine_tune_type", "lora")
-    if kind not in FINE_TUNE_TYPES:
-        raise TrainError(f"{path / ADAPTER_CONFIG}: fine_tune_type {kind!r} is unknown")
-    check_file(path / ADAPTER_WEIGHTS)
-    with mx.stream(mx.new_thread_unsafe_stream(mx.cpu)):
-        tensors = mx.load(str(path / ADAPTER_WEIGHTS))
-    assert isinstance(tensors, dict)
-    if kind == "full":
-        return Adapters(1.0, {}, tensors)
-    scale = (config.get("lora_parameters") or {}).get("scale")
-    if not isinstance(scale, (int, float)):
-        raise TrainError(f"{path / ADAPTER_CONFIG} has no lora_parameters with a scale")
-    return Adapters(float(scale), dict(_updates(tensors, path)), {})
+    return path, read_json(path / ADAPTER_CONFIG)
+
+
+def adapter_base_model(folder: str | Path) -> str | None:
+    """The model that adapters were trained on, as their configuration names it.
+
+    Returns:
+        a folder that is there, or a repository; None if none is named.
+
+    Raises:
+        TrainError: these are no adapters, or the folder of their model is gone.
+    """
+    path, config = _adapter_config(folder)
+    model = config.get("model")
+    if model is None:
+        return None
+    if not isinstance(model, str):
+        raise TrainError(f"{path / ADAPTER_CONFIG}: model is {model!r}; it must be a text")
+    if model == DEMO or os.path.isdir(os.path.expanduser(model)) or REPOSITORY_ID.fullmatch(model):
+        return model
+    cached = CACHED_REPOSITORY.search(model)  # in the download cache of another machine
+    if cached is not None:
+        return f"{cached[1]}/{cached[2]}"
+    raise TrainError(
+        f"{path / ADAPTER_CONFIG} names the model {model}, which is not there; give the model"
+    )
+
+
+def base_model(adapter_path: str | Path | None) -> str:
+    """The model that adapters name; a TrainError if there is none to be found."""
+    named = adapter_base_model(adapter_path) if adapter_path is not None else None
+    if named is None:
+        file = "adapters" if adapter_path is None else Path(adapter_path) / ADAPTER_CONFIG
+        raise TrainError(f"{file} names no model; give the model that the adapters belong to")
+    return named
 
 
 def _updates(tensors: Mapping[str, mx.array], path: Path) -> Iterator[tuple[str, Update]]:
@@ -151,25 +193,30 @@ def apply_adapters(model: nn.Module, folder: str | Path) -> None:
         TrainError: an update for a module that the model lacks, or of another shape.
     """
     adapters = read_adapters(folder)
+    check_adapters(adapters, model, folder)
+    model.load_weights(list(adapters.weights.items()), strict=False)
     modules = dict(model.named_modules())
-    if adapters.weights:
-        known = {name: array.shape for name, array in tree_flatten(model.parameters())}
-        for name, tensor in adapters.weights.items():
-            if known.get(name) != tensor.shape:
-                raise TrainError(f"{folder}: {name} of shape {tensor.shape} fits no weight")
-        model.load_weights(list(adapters.weights.items()), strict=False)
-    adapted = []
-    for name, update in adapters.updates.items():
-        linear = modules.get(name)
-        check_fit(linear, name, update, folder)
-        assert linear is not None
-        adapted.append((name, AdaptedLinear(linear, update, adapters.scale)))
+    adapted = [
+        (name, AdaptedLinear(modules[name], update, adapters.scale))
+        for name, update in adapters.updates.items()
+    ]
     model.update_modules(tree_unflatten(adapted))
     model.eval()
 
 
+def check_adapters(adapters: Adapters, model: nn.Module, folder: str | Path) -> None:
+    """Raises a TrainError if an update or a whole weight does not belong to a model."""
+    known = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    for name, tensor in adapters.weights.items():
+        if known.get(name) != tensor.shape:
+            raise TrainError(f"{folder}: {name} of shape {tensor.shape} fits no weight")
+    modules = dict(model.named_modules())
+    for name, update in adapters.updates.items():
+        check_fit(modules.get(name), name, update, folder)
+
+
 def check_fit(linear: nn.Module | None, name: str, update: Update, folder: str | Path) -> None:
-    """Raises a TrainError where an update does not belong to a linear map."""
+    """Raises a TrainError if an update does not belong to a linear map."""
     if not isinstance(linear, (nn.Linear, nn.QuantizedLinear)):
         raise TrainError(f"{folder}: {name} is no linear map of this model")
     inputs, outputs = linear_inputs(linear), linear.weight.shape[0]
@@ -184,9 +231,9 @@ def check_fit(linear: nn.Module | None, name: str, update: Update, folder: str |
 
 
 def linear_inputs(linear: nn.Module) -> int:
-    """How many inputs a linear map has, packed or not."""
+    """How many inputs a linear map or a table of embeddings has, packed or not."""
     width = int(linear.weight.shape[1])
-    return width * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else width
+    return width * 32 // linear.bits if "scales" in linear else width
 
 
 def add_adapters(
@@ -219,9 +266,8 @@ def add_adapters(
             raise TrainError(f"DoRA needs a base of 4 or 8 affine bits; {name} has others")
         adapted.append((name, kind.from_base(linear, r=rank, dropout=dropout, scale=scale)))
     model.update_modules(tree_unflatten(adapted))
-    keys = sorted(
-        {name.split(".layers.")[1].split(".", 1)[1] for name, _ in adapted if ".layers." in name}
-    )
+    # whole paths: mlx-lm finds them in its model, mlx-vlm knows nothing else
+    keys = sorted(name for name, _ in adapted)
     return {
         "fine_tune_type": "dora" if use_dora else "lora",
         "num_layers": num_layers if num_layers > 0 else len(model.layers),

@@ -9,14 +9,15 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..errors import ConfigError
-from ..models.config import load_config
+from ..models.config import Lfm2VlConfig, load_config
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..prompts.image_processor import Lfm2VlImageProcessor
 from ..prompts.processor import Lfm2VlProcessor
 from ..prompts.tokenizer import Lfm2Tokenizer
+from .adapters import apply_adapters, base_model
 from .hub import resolve_model
 from .settings import load_generation_config, load_image_processor_config
-from .weights import load_weights, read_weights
+from .weights import open_checkpoint
 
 DTYPES: Mapping[str, mx.Dtype] = {
     "float32": mx.float32,
@@ -26,7 +27,7 @@ DTYPES: Mapping[str, mx.Dtype] = {
 
 
 def load(
-    model: str | Path,
+    model: str | Path | None,
     dtype: str | None = None,
     revision: str | None = None,
     lazy: bool = True,
@@ -37,8 +38,8 @@ def load(
     Args:
         model: a folder, a repository of the Hugging Face Hub such as
             `LiquidAI/LFM2.5-VL-450M`, or `demo`, a tiny model inside this package that knows
-            drawn shapes and printed words.
-        dtype: `float32`, `float16` or `bfloat16`. By default the checkpoint's own on a GPU, and
+            drawn shapes and printed words; None for the model that the adapters name.
+        dtype: `float32`, `float16` or `bfloat16`; by default the checkpoint's own on a GPU, and
             float32 on a CPU, where MLX has no fast product of smaller types.
         revision: branch, tag or commit of a repository.
         lazy: read each weight when it is first used, so that this returns at once and a text-only
@@ -54,19 +55,16 @@ def load(
         WeightsError: weights are missing, unknown, misshapen or damaged.
         TrainError: the adapters do not fit the model.
     """
-    folder = resolve_model(model, revision)
+    folder = resolve_model(base_model(adapter_path) if model is None else model, revision)
     config = load_config(folder)
     image_config = load_image_processor_config(folder, config)
     generation_config = load_generation_config(folder, config)
     tokenizer = Lfm2Tokenizer.from_folder(folder)
-    check_token_ids(folder, config.image_token_id, tokenizer)
+    check_token_ids(folder, config, tokenizer)
     compute_type = choose_dtype(dtype, config.dtype)
-    network = Lfm2VlForConditionalGeneration(config, image_config)
-    weights = cast_weights(read_weights(folder), compute_type)
-    load_weights(network, config, weights)
+    network, weights = open_checkpoint(folder, config, image_config)
+    network.load_weights(list(cast_weights(weights, compute_type).items()), strict=True)
     if adapter_path is not None:
-        from .adapters import apply_adapters
-
         apply_adapters(network, adapter_path)
     network.eval()
     if not lazy:
@@ -95,10 +93,16 @@ def cast_weights(weights: Mapping[str, mx.array], dtype: mx.Dtype) -> dict[str, 
         }
 
 
-def check_token_ids(folder: Path, image_token_id: int, tokenizer: Lfm2Tokenizer) -> None:
-    """Raises a ConfigError where config and tokenizer disagree about the image token."""
-    if tokenizer.image_token_id != image_token_id:
+def check_token_ids(folder: Path, config: Lfm2VlConfig, tokenizer: Lfm2Tokenizer) -> None:
+    """Raises a ConfigError if config and tokenizer disagree about tokens."""
+    if tokenizer.image_token_id != config.image_token_id:
         raise ConfigError(
-            f"{folder}: config.json says image_token_id {image_token_id}, the tokenizer has "
+            f"{folder}: config.json says image_token_id {config.image_token_id}, the tokenizer has "
             f"{tokenizer.image_token} at {tokenizer.image_token_id}"
+        )
+    rows = config.text_config.vocab_size
+    last = max(tokenizer.tokenizer.get_vocab_size() - 1, *tokenizer.special_tokens.values())
+    if last >= rows:
+        raise ConfigError(
+            f"{folder}: tokenizer.json has ids up to {last}, but config.json a vocab_size of {rows}"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,10 @@ def load_image_processor_config(folder: Path, model: Lfm2VlConfig) -> ImageProce
             found[key] = (value, file)
     for key, value in _known_image_settings(read_json(folder / "config.json")).items():
         found.setdefault(key, (value, "config.json"))
-    config = ImageProcessorConfig(**{key: value for key, (value, _) in found.items()})
+    try:
+        config = ImageProcessorConfig(**{key: value for key, (value, _) in found.items()})
+    except ConfigError as error:
+        raise ConfigError(f"{_files(folder, found, str(error))}: {error}") from None
     for key, ours, theirs in (
         ("encoder_patch_size", config.encoder_patch_size, model.vision_config.patch_size),
         ("downsample_factor", config.downsample_factor, model.downsample_factor),
@@ -49,13 +52,19 @@ def _image_settings(folder: Path) -> Iterable[tuple[Json, str]]:
         if not (folder / file).exists():
             continue
         data = read_json(folder / file)
-        nested = data.get("image_processor")
-        settings = _known_image_settings({**data, **nested} if nested is not None else data)
+        nested = Reader(data, str(folder / file)).get("image_processor", dict, default=None)
+        settings = _known_image_settings({**data, **(nested or {})})
         if settings.pop("do_image_splitting", True) is False:
             # a leftover of some conversions, always together with use_thumbnail=false; it cost
             # grounding accuracy, so tiling stays on until a caller turns it off
             settings.pop("use_thumbnail", None)
         yield settings, file
+
+
+def _files(folder: Path, found: Mapping[str, tuple[Any, str]], error: str) -> str:
+    """The file that holds the setting with which an error begins, or all files of settings."""
+    files = {file for key, (_, file) in found.items() if error.startswith(f"{key} ")}
+    return ", ".join(str(folder / f) for f in sorted(files or {file for _, file in found.values()}))
 
 
 def _known_image_settings(data: Json) -> dict[str, Any]:
@@ -70,13 +79,13 @@ def _known_image_settings(data: Json) -> dict[str, Any]:
 
 
 def load_generation_config(folder: Path, model: Lfm2VlConfig) -> GenerationConfig:
-    """Reads `generation_config.json`; the model cards' sampling where the file states none."""
+    """Reads `generation_config.json`; the model cards' sampling if the file gives none."""
     file = "generation_config.json"
     if not (folder / file).exists():
         return GenerationConfig(eos_token_ids=model.eos_token_ids)
     reader = Reader(read_json(folder / file), file)
     eos = _token_ids(reader) or model.eos_token_ids
-    stated = {
+    given = {
         key: reader.get(key, kind, default=None)
         for key, kind in (
             ("temperature", float),
@@ -86,12 +95,15 @@ def load_generation_config(folder: Path, model: Lfm2VlConfig) -> GenerationConfi
             ("repetition_penalty", float),
         )
     }
-    stated = {key: value for key, value in stated.items() if value is not None}
+    given = {key: value for key, value in given.items() if value is not None}
     do_sample = reader.get("do_sample", bool, default=None)
-    if not stated and do_sample is None:
+    if not given and do_sample is None:
         return GenerationConfig(eos_token_ids=eos)
     if do_sample is False:
-        stated["temperature"] = 0.0
+        given["temperature"] = 0.0
     else:
-        stated.setdefault("temperature", 1.0)
-    return GenerationConfig(SamplingConfig(**stated), file, eos)
+        given.setdefault("temperature", 1.0)
+    try:
+        return GenerationConfig(SamplingConfig(**given), file, eos)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / file}: {error}") from None

@@ -14,21 +14,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from .._version import __version__
 from ..errors import PromptError
-from ..options import DEFAULT_MAX_TOKENS, ImageOptions, Sampling
+from ..options import ImageOptions, Sampling
 from ..serving.folder import SUFFIXES, Counts, Lines, Task, answer_all, find_images
 from .options import (
     add_adapters,
+    add_answer,
     add_constraint,
     add_image_options,
+    add_images,
     add_model,
+    add_prompt,
     add_sampling,
     constraint_from,
+    model_from,
     options_from,
-    positive,
+    path,
+    whole,
 )
-from .terminal import run_command
+from .terminal import Parser, make_parser, run_command
 
 EPILOG = """\
 examples:
@@ -44,43 +48,37 @@ files afterwards.
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The arguments. Every default that a checkpoint decides is None here."""
-    parser = argparse.ArgumentParser(
-        prog="mlx-lfm2vl-batch",
-        description="Ask LFM2-VL the same about many images; one JSON line per answer.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "mlx-lfm2vl-batch",
+        "Ask LFM2-VL the same about many images; one JSON line per answer.",
+        EPILOG,
     )
-    parser.add_argument("--version", action="version", version=__version__)
     add_model(parser)
-    parser.add_argument(
-        "--images",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="IMAGES",
-        help="files, patterns, or folders, searched with their subfolders for "
-        f"{' '.join(SUFFIXES)}; hidden files are left out",
-    )
-    parser.add_argument("--prompt", "-p", required=True, help="the question about each image")
-    parser.add_argument("--system", help="system message")
-    parser.add_argument(
-        "--output", "-o", required=True, help="file for the answers (JSON lines), made or continued"
-    )
-    parser.add_argument(
-        "--max-tokens",
-        "-m",
-        type=positive,
-        default=DEFAULT_MAX_TOKENS,
-        help="longest answer in tokens (default: %(default)s)",
-    )
     add_adapters(parser)
-    parser.add_argument(
-        "--stop", nargs="+", action="extend", default=[], help="texts that end an answer"
+    add_images(
+        parser,
+        "files, patterns, or folders, searched with their subfolders for "
+        f"{' '.join(SUFFIXES)}; hidden files are left out",
+        dest="images",
+        required=True,
     )
+    add_prompt(parser, "the question about each image", required=True)
     parser.add_argument(
-        "--batch-size", type=positive, help="answers that grow at once (default: by memory)"
+        "--output",
+        "-o",
+        type=path,
+        required=True,
+        metavar="FILE",
+        help="file for the answers (JSON lines), made or continued",
+    )
+    add_answer(parser)
+    parser.add_argument(
+        "--batch-size",
+        type=whole,
+        metavar="N",
+        help="answers that grow at once (default: by memory)",
     )
     parser.add_argument(
         "--shard",
@@ -106,15 +104,14 @@ def shard(text: str) -> tuple[int, int]:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 2 bad input, 130 interrupted."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    run_command(parser.prog, lambda: run(args))
+    run_command(parser.prog, lambda: run(parser.parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> None:
     """Does what the arguments ask for; errors are exceptions."""
     task = _task(args)
     images = find_images(args.images)[args.shard[0] :: args.shard[1]]
-    output = Path(args.output).expanduser()
+    output = Path(args.output)
     started = time.perf_counter()
     with Lines(output) as lines, _progress(len(images)) as progress, _ctrl_c() as check:
         counts = answer_all(
@@ -126,8 +123,9 @@ def run(args: argparse.Namespace) -> None:
 def _task(args: argparse.Namespace) -> Task:
     if not args.prompt.strip():
         raise PromptError("the prompt is empty; ask something")
+    model = model_from(args)
     return Task(
-        model=str(Path(args.model).resolve()) if os.path.isdir(args.model) else args.model,
+        model=str(Path(model).resolve()) if os.path.isdir(model) else model,
         revision=args.revision,
         dtype=args.dtype,
         prompt=args.prompt,
@@ -162,7 +160,7 @@ def _progress(total: int) -> Iterator[Callable[[bool], None]]:
 def _ctrl_c() -> Iterator[Callable[[], None]]:
     """Makes sure that Ctrl-C ends the work.
 
-    Its exception is lost where it comes while Python runs a finalizer, so it is kept and raised
+    Its exception is lost if it comes while Python runs a finalizer, so it is kept and raised
     again when the function that this yields is called.
     """
     if threading.current_thread() is not threading.main_thread():

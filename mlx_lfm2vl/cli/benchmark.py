@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from .._version import __version__
 from ..errors import OutputError
-from ..measuring.stages import (
-    DEFAULT_ROUNDS,
-    DEFAULT_ROWS,
-    DEFAULT_TOKENS,
-    BenchmarkResult,
-    ImageCosts,
-    Size,
-    benchmark,
-)
+from ..measuring import DEFAULT_ROUNDS, DEFAULT_ROWS, DEFAULT_TOKENS
 from ..options import ImageOptions
-from .options import add_image_options, add_model, options_from, positive
-from .terminal import run_command
+from .options import (
+    add_adapters,
+    add_image_options,
+    add_images,
+    add_model,
+    model_from,
+    options_from,
+    path,
+    positive,
+)
+from .terminal import Parser, make_parser, run_command, tell, write
+
+if TYPE_CHECKING:
+    from ..measuring.stages import BenchmarkResult, ImageCosts, Size
 
 EPILOG = """\
 examples:
   %(prog)s --model LiquidAI/LFM2.5-VL-450M
-  %(prog)s --model lfm2-4bit --image photo.jpg --rounds 5 --json speed.json
+  %(prog)s --model lfm2-4bit --image photo.jpg --rounds 5 --output speed.json
   %(prog)s --model lfm2-4bit --size 640x480 1600x1200 4000x3000
 """
 
@@ -96,19 +100,17 @@ def _markdown(rows: list[list[str]]) -> list[str]:
     ]  # fmt: skip
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The arguments."""
-    parser = argparse.ArgumentParser(
-        prog="mlx-lfm2vl-benchmark",
-        description="Measure LFM2-VL on this machine, stage by stage.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "mlx-lfm2vl-benchmark",
+        "Measure LFM2-VL on this machine, stage by stage.",
+        EPILOG,
+        "%(prog)s [--image IMAGE …] [flags]",
     )
-    parser.add_argument("--version", action="version", version=__version__)
     add_model(parser)
-    parser.add_argument(
-        "--image", nargs="+", action="extend", default=[], metavar="IMAGE", help="paths or URLs"
-    )
+    add_adapters(parser)
+    add_images(parser, "paths or URLs of images to ask about")
     parser.add_argument(
         "--size",
         nargs="+",
@@ -116,30 +118,30 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         type=size,
         metavar="WIDTHxHEIGHT",
-        help="pictures to make for this (default: 640x480 where there is no --image)",
+        help="images to make for this (default: 640x480 without --image)",
     )
-    parser.add_argument(
-        "--rounds", type=positive, default=DEFAULT_ROUNDS, help="that count (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-tokens",
-        "-m",
-        type=positive,
-        default=DEFAULT_TOKENS,
-        help="length of answers (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=positive,
-        default=DEFAULT_ROWS,
-        help="answers that decode together (default: %(default)s)",
-    )
+    for flags, default, meaning in (
+        (["--rounds"], DEFAULT_ROUNDS, "measurements that count, after one that does not"),
+        (["--max-tokens", "-m"], DEFAULT_TOKENS, "length of each answer in tokens"),
+        (["--batch-size"], DEFAULT_ROWS, "answers that decode together"),
+    ):
+        parser.add_argument(
+            *flags,
+            type=positive,
+            default=default,
+            metavar="N",
+            help=f"{meaning} (default: {default})",
+        )
     parser.add_argument(
         "--json",
         nargs="?",
         const="-",
+        type=path,
         metavar="FILE",
-        help="write all numbers as JSON: to FILE besides the table, or alone to standard output",
+        help="print JSON instead of the table; with a FILE the same as --output FILE",
+    )
+    parser.add_argument(
+        "--output", "-o", type=path, metavar="FILE", help="write JSON to FILE besides the table"
     )
     add_image_options(parser)
     return parser
@@ -156,34 +158,54 @@ def size(text: str) -> Size:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 2 bad input, 130 interrupted."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    run_command(parser.prog, lambda: _run(args))
+    run_command(parser.prog, lambda: run(parser.parse_args(argv)))
 
 
-def _run(args: argparse.Namespace) -> None:
-    file = None if args.json in (None, "-") else Path(args.json)
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        raise OutputError(f"{file} cannot be written; its folder must exist")
+def run(args: argparse.Namespace) -> None:
+    """Does what the arguments ask for; errors are exceptions."""
+    from ..measuring.stages import benchmark
+
+    alone = args.json == "-"
+    output = args.output if args.json is None or alone else args.json
+    file = None if output is None else _writable(Path(output))
     result = benchmark(
-        args.model,
+        model_from(args),
         args.image,
         args.size,
         dtype=args.dtype,
         revision=args.revision,
+        adapter_path=args.adapter_path,
         image_options=options_from(args, ImageOptions),
         rounds=args.rounds,
         max_tokens=args.max_tokens,
         rows=args.batch_size,
         progress=_tell if sys.stderr.isatty() else None,
     )
+    write((as_json(result) if alone else as_table(result)) + "\n")
     if file is not None:
-        try:
-            file.write_text(as_json(result) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{file} cannot be written: {error.strerror}") from None
-    sys.stdout.write((as_json(result) if args.json == "-" else as_table(result)) + "\n")
-    sys.stdout.flush()
+        _write_file(file, as_json(result) + "\n")
+
+
+def _writable(file: Path) -> Path:
+    """A file that can be made or replaced, as far as that shows before the work."""
+    if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise OutputError(f"{file} cannot be written; it must be a file in a folder that exists")
+    return file.resolve()
+
+
+def _write_file(file: Path, content: str) -> None:
+    """Writes beside the place and renames, so that the file is whole or as it was."""
+    is_device = file.exists() and not file.is_file()
+    new = file if is_device else file.with_name(f".{file.name}.new")
+    try:
+        new.write_text(content, encoding="utf-8")
+        os.replace(new, file)
+    except OSError as error:
+        raise OutputError(f"{file} cannot be written: {error.strerror}") from None
+    finally:
+        if new != file:
+            new.unlink(missing_ok=True)
 
 
 def _tell(stage: str) -> None:
-    sys.stderr.write(f"measuring {stage}\n")
+    tell(f"measuring {stage}")

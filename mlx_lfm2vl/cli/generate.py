@@ -4,40 +4,38 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .._version import __version__
 from ..errors import PromptError
-from ..options import (
-    DEFAULT_MAX_TOKENS,
-    CacheOptions,
-    GenerationConfig,
-    ImageOptions,
-    Sampling,
-    SamplingConfig,
-)
-
-if TYPE_CHECKING:
-    from ..generation.answer import GenerationResponse
-    from ..prompts.constraint import Constraint
-    from ..prompts.processor import Lfm2VlProcessor, Prompt
-    from ..prompts.question import AnswerSettings
+from ..options import CacheOptions, GenerationConfig, ImageOptions, Sampling, SamplingConfig
 from .options import (
     add_adapters,
+    add_answer,
     add_cache_options,
     add_constraint,
     add_image_options,
+    add_images,
     add_model,
+    add_prompt,
     add_sampling,
     constraint_from,
+    is_text,
+    model_from,
     options_from,
-    positive,
 )
-from .terminal import run_command
+from .terminal import Parser, make_parser, run_command, tell, write
 
+if TYPE_CHECKING:
+    from ..generation.answer import GenerationResponse
+    from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
+    from ..prompts.constraint import Constraint
+    from ..prompts.processor import Lfm2VlProcessor, Prompt
+
+PHOTOGRAPH_BITS = 6.0  # entropy of 32 x 32 grey pixels: drawings stay below 5.5, photos above 6.4
 EPILOG = """\
 examples:
   %(prog)s --image photo.jpg --prompt "What is in this image?"
@@ -47,46 +45,26 @@ examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The arguments. Every default that a checkpoint decides is None here."""
-    parser = argparse.ArgumentParser(
-        prog="mlx-lfm2vl-generate",
-        description="Answer a question about images (or a question alone) with LFM2-VL.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "mlx-lfm2vl-generate",
+        "Answer a question about images (or a question alone) with LFM2-VL.",
+        EPILOG,
+        "%(prog)s --prompt TEXT [--image IMAGE …] [flags]",
     )
-    parser.add_argument("--version", action="version", version=__version__)
     add_model(parser)
-    parser.add_argument(
-        "--image",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="IMAGE",
-        help="path, URL, or - for standard input; several are seen in this order",
-    )
-    parser.add_argument("--prompt", "-p", help="the question, or - to read it from standard input")
-    parser.add_argument("--system", help="system message")
+    add_adapters(parser)
+    add_images(parser, "path, URL, or - for standard input; several are seen in this order")
+    add_prompt(parser, "the question, or - to read it from standard input")
     parser.add_argument(
         "--chat",
         action="store_true",
         help="talk instead of asking once; --image and --prompt come first",
     )
+    add_answer(parser)
     parser.add_argument(
-        "--max-tokens",
-        "-m",
-        type=positive,
-        default=DEFAULT_MAX_TOKENS,
-        help="longest answer in tokens (default: %(default)s)",
-    )
-    add_adapters(parser)
-    parser.add_argument(
-        "--stop", nargs="+", action="extend", default=[], help="texts that end the answer"
-    )
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object with text, tokens and timings",
+        "--json", action="store_true", help="print one JSON object with text, tokens and timings"
     )
     parser.add_argument(
         "--verbose", "-v", action="store_true", help="print settings and statistics on stderr"
@@ -101,8 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 2 bad input, 130 interrupted."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    run_command(parser.prog, lambda: run(args))
+    run_command(parser.prog, lambda: run(parser.parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -112,18 +89,17 @@ def run(args: argparse.Namespace) -> None:
     sampling = options_from(args, Sampling)  # a wrong value is told before the model is loaded
     constraint = constraint_from(args)
     if args.chat:
-        _chat(args, image_options, cache_options, sampling, constraint)
+        _chat(args, image_options, cache_options, constraint)
         return
     messages = _messages(args)
-    images = _images(args)
+    images = [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
 
-    from ..checkpoints.loading import load
     from ..generation.generate import stream_generate
 
-    model, processor = load(
-        args.model, dtype=args.dtype, revision=args.revision, adapter_path=args.adapter_path
-    )
+    model, processor, notice = _load(args)
     prompt = processor(messages, images, image_options=image_options)
+    for image in images:
+        notice(image)
     if args.verbose:
         _write_settings(processor.generation_config, sampling)
     responses = stream_generate(
@@ -139,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
         constraint=constraint,
     )
     if args.json:
-        last = _print_json(args.model, processor, prompt, sampling, responses, constraint)
+        last = _print_json(model_from(args), processor, prompt, sampling, responses, constraint)
     else:
         last = _print_text(responses)
     if args.verbose:
@@ -150,44 +126,58 @@ def _chat(
     args: argparse.Namespace,
     image_options: ImageOptions,
     cache_options: CacheOptions,
-    sampling: Sampling,
     constraint: Constraint | None,
 ) -> None:
     if args.json or "-" in (args.prompt, *args.image):
         raise PromptError("--chat reads standard input itself, without --json and -")
 
-    from ..checkpoints.loading import load
     from ..serving.session import Session
-    from .chat import Chat
+    from .chat import SETTINGS, Chat
 
-    model, processor = load(
-        args.model, dtype=args.dtype, revision=args.revision, adapter_path=args.adapter_path
-    )
-    settings: AnswerSettings = {
-        "max_tokens": args.max_tokens,
-        "sampling": sampling,
-        "constraint": constraint,
-        "seed": args.seed,
-        "stop": args.stop,
-    }
+    model, processor, notice = _load(args)
     session = Session(
         model, processor, args.system, image_options=image_options, cache_options=cache_options
     )
-    Chat(session, settings, args.verbose).run(args.image, args.prompt)
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"constraint": constraint}
+    Chat(session, settings, args.verbose, notice).run(args.image, args.prompt)
 
 
-def _images(args: argparse.Namespace) -> list[Any]:
-    return [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
+def _load(
+    args: argparse.Namespace,
+) -> tuple[Lfm2VlForConditionalGeneration, Lfm2VlProcessor, Callable[[Any], None]]:
+    """Model, processor, and what says that the demo model cannot know an image."""
+    from ..checkpoints.hub import DEMO_FOLDER, resolve_model
+    from ..checkpoints.loading import load
+
+    folder = resolve_model(model_from(args), args.revision)
+    model, processor = load(folder, dtype=args.dtype, adapter_path=args.adapter_path)
+    is_demo = folder == DEMO_FOLDER
+
+    def notice(image: Any) -> None:
+        if is_demo and is_photograph(image):
+            tell("(looks like a photograph; the demo model knows only drawn shapes and words)")
+
+    return model, processor, notice
+
+
+def is_photograph(image: Any) -> bool:
+    """Whether an image has more shades than drawn shapes and words on a plain ground."""
+    from PIL.Image import Resampling
+
+    from ..prompts.image_source import load_image
+
+    small = load_image(image).resize((32, 32), Resampling.BOX)
+    return small.convert("L").entropy() > PHOTOGRAPH_BITS
 
 
 def _messages(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.prompt is None:
-        raise PromptError("--prompt is missing; ask something, or talk with --chat")
+        raise PromptError(_no_prompt(args.image))
     if args.prompt == "-" and "-" in args.image:
         raise PromptError("standard input can be the prompt or an image, not both")
     if args.image.count("-") > 1:
         raise PromptError("standard input can be only one image")
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = _read_prompt() if args.prompt == "-" else args.prompt
     if not text.strip():
         raise PromptError("the prompt is empty; ask something")
     content: Any = text
@@ -197,13 +187,37 @@ def _messages(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [*system, {"role": "user", "content": content}]
 
 
+def _no_prompt(images: Sequence[str]) -> str:
+    """Says that the prompt is missing, and which words after --image were meant to be it."""
+    words: list[str] = []
+    for image in reversed(images):
+        if image == "-" or image.startswith(("http:", "https:", "data:")) or os.path.exists(image):
+            break
+        words.insert(0, image)
+    if not words:
+        return "--prompt is missing; ask something, or talk with --chat"
+    question = " ".join(words)
+    return (
+        f'--prompt is missing: "{question}" stands after --image and was taken for an image; '
+        f'a question is --prompt "{question}"'
+    )
+
+
+def _read_prompt() -> str:
+    try:
+        text: str | None = sys.stdin.read()
+    except UnicodeDecodeError:
+        text = None
+    if text is None or not is_text(text):
+        raise PromptError("the prompt on standard input is not UTF-8")
+    return text
+
+
 def _print_text(responses: Iterator[GenerationResponse]) -> GenerationResponse:
     for response in responses:
-        sys.stdout.write(response.text)
-        if sys.stdout.isatty():
-            sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+        if response.text:
+            write(response.text)
+    write("\n")
     return response
 
 
@@ -238,8 +252,7 @@ def _print_json(
             "peak_memory_gb": response.peak_memory,
         },
     }
-    sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+    write(json.dumps(answer, ensure_ascii=False) + "\n")
     return response
 
 
@@ -248,23 +261,25 @@ def _write_settings(config: GenerationConfig, sampling: Sampling) -> None:
     recommended = asdict(config.sampling)
     parts = []
     for name, value in used.items():
+        if value is None:
+            continue
         source = "default"
         if getattr(sampling, name) is not None:
             source = "flag"
         elif value != getattr(SamplingConfig(), name) and value == recommended[name]:
             source = config.sampling_source
         parts.append(f"{name} {value:g} ({source})")
-    sys.stderr.write(f"sampling: {', '.join(parts)}\n")
+    tell(f"sampling: {', '.join(parts)}")
 
 
 def _write_statistics(last: GenerationResponse) -> None:
     images = ", ".join(map(str, last.image_tokens)) or "none"
     vision = "" if last.vision_time is None else f", vision {last.vision_time * 1000:.0f} ms"
-    sys.stderr.write(
+    tell(
         f"images: tokens {images}{vision}\n"
         f"prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tok/s, "
         f"first token after {last.time_to_first_token:.3f} s\n"
         f"answer: {last.generation_tokens} tokens, {last.generation_tps:.1f} tok/s, "
         f"ended by {last.finish_reason}\n"
-        f"peak memory: {last.peak_memory:.2f} GB\n"
+        f"peak memory: {last.peak_memory:.2f} GB"
     )

@@ -7,22 +7,24 @@ are read, changed and written one after the other; a folder appears only when it
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
-from ..checkpoints.hub import REPOSITORY_ID, resolve_model
+from ..checkpoints.adapters import Adapters, merged_weight
+from ..checkpoints.hub import resolve_model
 from ..checkpoints.loading import DTYPES
 from ..checkpoints.names import hf_name
-from ..checkpoints.settings import load_generation_config
 from ..checkpoints.weights import (
-    check_names_and_shapes,
+    PACKED,
+    dequantized,
     hf_vision_prefix,
-    quantize_modules,
+    open_checkpoint,
+    quantization_of,
     read_weights,
     without_copies,
 )
@@ -30,16 +32,22 @@ from ..checkpoints.writing import (
     COPIED_FILES,
     MAX_SHARD_BYTES,
     NOT_COPIED,
-    _name_shards,
-    _write_json,
     complete_folder,
+    free_target,
+    name_shards,
+    save_arrays,
+    spare,
+    write_json,
 )
 from ..errors import ConfigError, ConvertError
 from ..files import read_json
-from ..models.config import Lfm2Config, Lfm2VlConfig, load_config
-from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
-from ..options import FAMILY_SAMPLING
-from .recipes import Quantization, decide, quantization_entry, quantized_modules
+from ..models.config import Lfm2VlConfig
+from .card import model_card
+from .layouts import generation_config, hf_config, hf_files, mlx_config
+from .recipes import Quantization, decide, grouped, matrices, quantization_entry
+
+Progress = Callable[[int, int], None]
+NO_ADAPTERS = Adapters(1.0, {}, {})
 
 
 def convert(
@@ -52,7 +60,7 @@ def convert(
     to_hf: bool = False,
     revision: str | None = None,
     force: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Converts a checkpoint.
 
@@ -61,10 +69,10 @@ def convert(
         mlx_path: the folder to write.
         quantization: what becomes integers; None for nothing.
         dtype: type of what stays floating point; by default what the checkpoint has.
-        dequantize: integers become floating point again.
+        dequantize: integers become floating point again, before anything else.
         to_hf: write the layout of transformers instead of MLX's.
         revision: branch, tag or commit of a repository.
-        force: replace a folder that is there.
+        force: replace a model folder that is there.
         progress: called with tensors written so far, and all.
 
     Returns:
@@ -75,8 +83,10 @@ def convert(
             converted like this.
     """
     target = free_target(mlx_path, force)
+    source = resolve_model(hf_path, revision)
+    spare(target, source)
     plan = make_plan(
-        resolve_model(hf_path, revision),
+        source,
         quantization,
         dtype=dtype,
         dequantize=dequantize,
@@ -87,96 +97,129 @@ def convert(
     return target
 
 
-def free_target(mlx_path: str | Path, force: bool) -> Path:
-    """The folder to write; a ConvertError where it is there and may not be replaced."""
-    target = Path(mlx_path).expanduser()
-    if target.exists() and not force:
-        raise ConvertError(f"{target} is there already; state another folder, or --force")
-    return target
-
-
-def write_plan(
-    plan: Plan, target: Path, progress: Callable[[int, int], None] | None = None
-) -> None:
-    """Does what was planned; the target is there afterwards, complete, or not at all."""
-    with complete_folder(target, plan.nbytes) as folder:
-        card = _model_card(plan, target.name)
-        write_weights(folder, plan, progress)
-        write_files(folder, plan)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        verify(folder)
-
-
 @dataclass
 class Plan:
-    """What will be written, before anything is read.
+    """What will be written, before anything is read; writing it changes nothing in it.
 
     Attributes:
         source: the folder that is read.
         origin: what the user called it, a repository or a folder.
         config: the source's config.json, as it will be written.
-        weights: tensors by the names of the source's modules, lazily.
-        decisions: how each module is quantized; absent ones are not.
+        model_config: the same, read.
+        before, after: how each module is quantized in the source, and in what is written.
         dtype: type of the floating-point tensors, None for what each has.
-        dequantized: modules whose integers become floats.
         hf_names: None for MLX's layout, or the prefix of the vision tower in transformers'.
         parameters: how many numbers the model has, whatever they are stored in.
+        left: modules that stay in floating point against the wish, and why.
+        adapters: what is worked into the weights.
+        adapter_path: where they come from.
+        weights: tensors to write instead of the source's, by the names of the modules.
     """
 
     source: Path
     origin: str
     config: dict[str, Any]
     model_config: Lfm2VlConfig
-    weights: dict[str, mx.array]
-    decisions: dict[str, dict[str, Any]]
+    before: Mapping[str, dict[str, Any]]
+    after: Mapping[str, dict[str, Any]]
     dtype: mx.Dtype | None
-    dequantized: dict[str, dict[str, Any]]
     hf_names: str | None
     parameters: int
+    left: Mapping[str, str] = field(default_factory=dict)
+    adapters: Adapters = NO_ADAPTERS
+    adapter_path: str | Path | None = None
+    weights: Mapping[str, mx.array] | None = None
+
+    def tensors(self) -> Iterator[tuple[str, mx.array]]:
+        """Each tensor to be written with its name, lazily, and read anew every time."""
+        weights = self.read()
+        while weights:
+            path, _, kind = next(iter(weights)).rpartition(".")
+            kinds = [k for k in PACKED if f"{path}.{k}" in weights] if kind in PACKED else [kind]
+            parts = {k: weights.pop(f"{path}.{k}") for k in kinds}
+            if "weight" in parts:
+                parts = self._weight(path, parts)
+            for kind in list(parts):  # nothing else may hold what was read, or memory grows
+                yield self._laid_out(f"{path}.{kind}", parts.pop(kind))
+
+    def read(self) -> dict[str, mx.array]:
+        """The tensors of the source by the names of its modules, lazily."""
+        if self.weights is not None:
+            return dict(self.weights)
+        weights = without_copies(read_weights(self.source), self.model_config)
+        for name, tensor in self.adapters.weights.items():
+            weights[name] = tensor.astype(weights[name].dtype)
+        return weights
+
+    def merged(self, path: str, parts: Mapping[str, mx.array]) -> mx.array:
+        """The weight of a module with its update; in float32 if there is one, or if `dtype` is."""
+        before, update = self.before.get(path), self.adapters.updates.get(path)
+        weight = parts["weight"]
+        if before is not None:
+            exact = update is not None or self.dtype is not None
+            weight = dequantized(parts, before, mx.float32 if exact else self._stored(path, parts))
+        if update is None:
+            return weight
+        return merged_weight(weight.astype(mx.float32), update, self.adapters.scale)
+
+    def _weight(self, path: str, parts: dict[str, mx.array]) -> dict[str, mx.array]:
+        """A weight, packed or not, in the form in which it is written."""
+        before, after = self.before.get(path), self.after.get(path)
+        if before == after and path not in self.adapters.updates:
+            return parts
+        weight = self.merged(path, parts).astype(self.dtype or self._stored(path, parts))
+        if after is None:
+            return {"weight": weight}
+        packed = mx.quantize(weight, after["group_size"], after["bits"], mode=after["mode"])
+        return dict(zip(PACKED, packed, strict=False))  # those modes have no biases
+
+    def _stored(self, path: str, parts: Mapping[str, mx.array]) -> mx.Dtype:
+        """The floating-point type of a module in the source."""
+        if path not in self.before:
+            return parts["weight"].dtype
+        if "biases" in parts:
+            return parts["scales"].dtype
+        # the scales of the small floating-point modes are bytes
+        return DTYPES.get(self.model_config.dtype, mx.bfloat16)
+
+    def _laid_out(self, name: str, tensor: mx.array) -> tuple[str, mx.array]:
+        """The tensor in its type and layout, with its name there."""
+        if self.dtype is not None and mx.issubdtype(tensor.dtype, mx.floating):
+            tensor = tensor.astype(self.dtype)
+        if self.hf_names is None:
+            return name, mx.contiguous(tensor)
+        if name.endswith("conv.conv.weight"):
+            tensor = tensor.swapaxes(1, 2)  # (hidden, kernel, 1) -> (hidden, 1, kernel)
+        return hf_name(name, self.hf_names), mx.contiguous(tensor)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that will be written."""
-        return sum(self.tensor_nbytes(name) for name in self.weights)
+        return sum(tensor.nbytes for _, tensor in self.tensors())
 
     def summary(self, every_module: bool = False) -> str:
         """What will be written, in a few lines or module by module."""
-        counts: dict[str, int] = {}
         lines = []
-        for name in self.weights:
-            path = name.removesuffix(".weight")
-            decision = self.decisions.get(path) if name.endswith(".weight") else None
-            kind = "kept as it is"
-            if decision is not None:
-                kind = f"{decision['bits']} bits, groups of {decision['group_size']}"
-                lines.append(f"  {path}: {kind}, {decision['mode']}")
-            elif path in self.dequantized:
-                kind = "dequantized"
-            counts[kind] = counts.get(kind, 0) + 1
-        kinds = "; ".join(f"{count} tensors {kind}" for kind, count in sorted(counts.items()))
-        size = (
-            f"{self.nbytes / 1e6:.1f} MB, {8 * self.nbytes / self.parameters:.2f} bits per weight"
-        )
-        return "\n".join([*(lines if every_module else []), f"{kinds}; {size}"])
+        if every_module:
+            lines = [f"  {path}: {_form(after)}" for path, after in self.after.items()]
+        forms = Counter(_form(after) for after in self.after.values())
+        told = [f"{count} modules of {form}" for form, count in sorted(forms.items())]
+        undone = len(self.before.keys() - self.after.keys())
+        told += [f"{undone} modules dequantized"] if undone else []
+        types = Counter[str]()
+        nbytes = 0
+        for name, tensor in self.tensors():
+            nbytes += tensor.nbytes
+            if mx.issubdtype(tensor.dtype, mx.floating) and name.endswith("weight"):
+                types[str(tensor.dtype).removeprefix("mlx.core.")] += 1
+        told += [f"{count} weights of {name}" for name, count in sorted(types.items())]
+        size = f"{nbytes / 1e6:.1f} MB, {8 * nbytes / self.parameters:.2f} bits per weight"
+        left = [f"left in floating point: {line}" for line in grouped(self.left)]
+        return "\n".join([*lines, *left, "; ".join([*told, size])])
 
-    def tensor_nbytes(self, name: str) -> int:
-        """Bytes of one source tensor after conversion."""
-        tensor, path = self.weights[name], name.removesuffix(".weight")
-        floats = (self.dtype or tensor.dtype).size
-        if path in self.decisions and name.endswith(".weight"):
-            decision = self.decisions[path]
-            groups = tensor.size // decision["group_size"]
-            # scale and bias of each group, or one byte in the small floating-point modes
-            scales = 2 * floats if decision["mode"] == "affine" else 1
-            return tensor.size * decision["bits"] // 8 + groups * scales
-        owner = name.rpartition(".")[0]
-        if owner in self.dequantized:
-            if not name.endswith(".weight"):
-                return 0
-            return tensor.size * 32 // self.dequantized[owner]["bits"] * floats
-        return tensor.size * (
-            floats if mx.issubdtype(tensor.dtype, mx.floating) else tensor.itemsize
-        )
+
+def _form(settings: Mapping[str, Any]) -> str:
+    return f"{settings['bits']} bits, groups of {settings['group_size']}, {settings['mode']}"
 
 
 def make_plan(
@@ -193,140 +236,96 @@ def make_plan(
     Raises:
         ConvertError, ConfigError, WeightsError, ModelNotFoundError: before any work is done.
     """
-    model_config = load_config(source)
+    model, weights = open_checkpoint(source)
+    before = {
+        path: settings
+        for path, module in model.named_modules()
+        if (settings := quantization_of(module)) is not None
+    }
+    _check_wishes(source, bool(before), quantization, dtype, dequantize, to_hf)
+    after = {} if dequantize else before
+    left: dict[str, str] = {}
+    if quantization is not None:
+        after, left = decide(matrices(model), quantization)
     config = read_json(source / "config.json")
-    weights = without_copies(read_weights(source), model_config)
-    vision_prefix = hf_vision_prefix(source)
-    model = Lfm2VlForConditionalGeneration(model_config)
-    parameters = sum(array.size for _, array in tree_flatten(model.parameters()))
-    quantize_modules(model, model_config.quantization, weights)
-    check_names_and_shapes(model, weights)
-    old = quantized_modules(model)
-    if old and quantization is not None and not dequantize:
-        raise ConvertError(f"{source} is quantized already; start from the original, or use -d")
-    if old and to_hf and not dequantize:
+    if dequantize or quantization is not None:
+        config.pop("quantization", None)
+        config.pop("quantization_config", None)
+    if quantization is not None:
+        config["quantization"] = quantization_entry(quantization, after)
+        config["quantization_config"] = config["quantization"]
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    return Plan(
+        source,
+        origin if origin is not None else source.name,
+        (hf_config if to_hf else mlx_config)(config, model.config),
+        model.config,
+        before,
+        after,
+        DTYPES[dtype] if dtype is not None else None,
+        hf_vision_prefix(source) if to_hf else None,
+        sum(parameters_of(name, tensor, before) for name, tensor in weights.items()),
+        left,
+    )
+
+
+def parameters_of(name: str, tensor: mx.array, before: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many numbers of the model a tensor holds; scales and biases of integers hold none."""
+    path, _, kind = name.rpartition(".")
+    if path not in before or kind not in PACKED:
+        return tensor.size
+    return tensor.size * 32 // int(before[path]["bits"]) if kind == "weight" else 0
+
+
+def _check_wishes(
+    source: Path,
+    quantized: bool,
+    quantization: Quantization | None,
+    dtype: str | None,
+    dequantize: bool,
+    to_hf: bool,
+) -> None:
+    if quantized and quantization is not None and not dequantize:
+        raise ConvertError(
+            f"{source} is quantized already; start from the original, or add -d, which rounds the "
+            "rounded weights once more"
+        )
+    if quantized and to_hf and not dequantize:
         raise ConvertError(f"{source} is quantized, which transformers cannot read; add -d")
-    if dequantize and not old:
+    if dequantize and not quantized:
         raise ConvertError(f"{source} is not quantized; there is nothing to dequantize")
     if to_hf and quantization is not None:
         raise ConvertError("--to-hf and --quantize exclude each other")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    decisions = decide(model, quantization) if quantization is not None else {}
-    if dequantize or quantization is not None:
-        config.pop("quantization", None)
-        config.pop("quantization_config", None)
-    if quantization is not None:
-        config["quantization"] = quantization_entry(quantization, decisions)
-        config["quantization_config"] = config["quantization"]
-    if dtype is not None:
-        config.pop("torch_dtype", None)
-        config["dtype"] = dtype
-    if to_hf:
-        config = hf_config(config, model_config)
-    else:
-        config["text_config"] = spell_out(config["text_config"], model_config.text_config)
-    return Plan(
-        source,
-        origin if origin is not None else source.name,
-        config,
-        model_config,
-        weights,
-        decisions,
-        DTYPES[dtype] if dtype is not None else None,
-        old if dequantize else {},
-        vision_prefix if to_hf else None,
-        parameters,
-    )
 
 
-def spell_out(text_config: Mapping[str, Any], text: Lfm2Config) -> dict[str, Any]:
-    """Adds the spellings of the first checkpoints, which other MLX loaders still go by."""
-    first = {
-        "block_dim": text.hidden_size,
-        "block_ff_dim": text_config.get("intermediate_size"),
-        "conv_dim": text.hidden_size,
-        "conv_dim_out": text.hidden_size,
-        "num_heads": text.num_attention_heads,
-        "rope_theta": text.rope_theta,
-        "layer_types": list(text.layer_types),
-    }
-    stated = {key: value for key, value in text_config.items() if value is not None}
-    return {**first, **stated}
+def write_plan(plan: Plan, target: Path, progress: Progress | None = None, told: str = "") -> None:
+    """Does what was planned; the target is there afterwards, complete, or not at all.
+
+    Args:
+        told: what the model card says besides the plan's summary.
+    """
+    done = f"Converted from `{plan.origin}` by mlx_lfm2vl"
+    if plan.adapter_path is not None:
+        done += f", with the adapters `{plan.adapter_path}` worked in"
+    lines = [*plan.summary().splitlines(), *([told] if told else [])]
+    card = model_card(
+        plan.source, plan.origin, target.name, f"{done}: {'; '.join(lines)}.",
+        to_hf=plan.hf_names is not None,
+    )  # fmt: skip
+    with complete_folder(target, plan.nbytes) as folder:
+        write_weights(folder, plan, progress)
+        write_files(folder, plan)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        open_checkpoint(folder)  # headers say whether it can be loaded
 
 
-def hf_config(config: Mapping[str, Any], model: Lfm2VlConfig) -> dict[str, Any]:
-    """The spelling that transformers 5 reads; values that it does not know are settled."""
-    text, vision = dict(config["text_config"]), dict(config["vision_config"])
-    text.pop("rope_theta", None)
-    text |= {
-        "model_type": "lfm2",
-        "layer_types": list(model.text_config.layer_types),
-        "rope_parameters": {"rope_theta": model.text_config.rope_theta, "rope_type": "default"},
-    }
-    vision |= {
-        "model_type": "siglip2_vision_model",
-        "vision_use_head": False,
-        # transformers keeps every layer that is counted here
-        "num_hidden_layers": model.vision_config.num_hidden_layers,
-    }
-    old = ("auto_map", "image_token_index", "vision_feature_layer", "tie_embedding")
-    return {
-        **{key: value for key, value in config.items() if key not in old},
-        "model_type": "lfm2_vl",
-        "image_token_id": model.image_token_id,
-        "projector_use_layernorm": model.projector_use_layernorm,
-        "tie_word_embeddings": model.text_config.tie_word_embeddings,
-        "text_config": text,
-        "vision_config": vision,
-    }
-
-
-def converted(plan: Plan) -> Iterator[tuple[str, mx.array]]:
-    """Each tensor to be written, one after the other; the plan lets go of what was read."""
-    names = [name for name in plan.weights if not _goes_with_its_weight(plan, name)]
-    for name in names:
-        for made, tensor in _convert_tensor(plan, name):
-            mx.eval(tensor)
-            yield (made if plan.hf_names is None else hf_name(made, plan.hf_names)), tensor
-
-
-def _goes_with_its_weight(plan: Plan, name: str) -> bool:
-    path, _, kind = name.rpartition(".")
-    return path in plan.dequantized and kind in ("scales", "biases")
-
-
-def _convert_tensor(plan: Plan, name: str) -> Iterator[tuple[str, mx.array]]:
-    path, _, kind = name.rpartition(".")
-    tensor = plan.weights.pop(name)
-    if path in plan.dequantized and kind == "weight":
-        settings = plan.dequantized[path]
-        tensor = mx.dequantize(
-            tensor,
-            plan.weights.pop(f"{path}.scales"),
-            plan.weights.pop(f"{path}.biases", None),
-            settings["group_size"],
-            settings["bits"],
-            mode=settings["mode"],
-        )
-    if plan.dtype is not None and mx.issubdtype(tensor.dtype, mx.floating):
-        tensor = tensor.astype(plan.dtype)
-    if path in plan.decisions and kind == "weight":
-        decision = plan.decisions[path]
-        parts = mx.quantize(tensor, decision["group_size"], decision["bits"], mode=decision["mode"])
-        names = (f"{path}.weight", f"{path}.scales", f"{path}.biases")
-        yield from zip(names, parts, strict=False)  # small floating-point modes have no biases
-        return
-    if plan.hf_names is not None and name.endswith("conv.conv.weight"):
-        tensor = tensor.swapaxes(1, 2)  # (hidden, kernel, 1) -> (hidden, 1, kernel)
-    yield name, mx.contiguous(tensor)
-
-
-def write_weights(
-    folder: Path, plan: Plan, progress: Callable[[int, int], None] | None = None
-) -> None:
-    """Writes shards of at most 5 GB, with an index where there is more than one."""
-    count = len(plan.weights)
+def write_weights(folder: Path, plan: Plan, progress: Progress | None = None) -> None:
+    """Writes shards of at most 5 GB, with an index if there is more than one."""
+    count = sum(1 for _ in plan.tensors())
     metadata = {"format": "pt"}
     if plan.hf_names is None:
         metadata = {"format": "mlx", "hf_vision_prefix": hf_vision_prefix(plan.source)}
@@ -334,82 +333,47 @@ def write_weights(
     held: dict[str, mx.array] = {}
 
     def flush() -> None:
-        path = folder / f"shard-{len(shards)}.safetensors"
-        try:
-            mx.save_safetensors(str(path), held, metadata)
-        except RuntimeError as error:  # a full disk, in MLX's words
-            raise ConvertError(f"{folder.parent} could not be written to: {error}") from None
+        save_arrays(folder / f"shard-{len(shards)}.safetensors", held, metadata)
         shards.append(list(held))
         held.clear()
 
     total = 0
-    for done, (name, tensor) in enumerate(converted(plan), 1):
+    for done, (name, tensor) in enumerate(plan.tensors(), 1):
+        mx.eval(tensor)
         if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > MAX_SHARD_BYTES:
             flush()
         held[name] = tensor
         total += tensor.nbytes
         if progress is not None:
-            progress(min(done, count), count)
+            progress(done, count)
     flush()
-    _name_shards(folder, shards, total)
+    name_shards(folder, shards, total)
 
 
 def write_files(folder: Path, plan: Plan) -> None:
-    """Configuration, tokenizer, processor and template, and a model card."""
+    """Configuration, tokenizer, processor, template and licence."""
+    made = {
+        "config.json": plan.config,
+        "generation_config.json": generation_config(plan.source, plan.model_config),
+    }
+    leave = {*NOT_COPIED, *made}
+    if plan.hf_names is not None:
+        made |= hf_files(plan.source, plan.model_config)
+        leave |= {*made, "preprocessor_config.json"}
     for pattern in COPIED_FILES:
         for path in plan.source.glob(pattern):
-            if path.name not in NOT_COPIED:
+            if path.name not in leave and path.is_file():
+                _check_inside(path)
                 shutil.copyfile(path, folder / path.name)
-    _write_json(folder / "config.json", plan.config)
-    _write_json(folder / "generation_config.json", _generation_config(plan))
+    for name, data in made.items():
+        write_json(folder / name, data)
 
 
-def _model_card(plan: Plan, name: str) -> str:
-    """A README with what was done and how to run it."""
-    is_repository = REPOSITORY_ID.fullmatch(plan.origin) is not None
-    base_model = f"base_model: {plan.origin}\n" if is_repository else ""
-    return f"""---
-library_name: mlx
-pipeline_tag: image-text-to-text
-tags: [mlx, lfm2_vl]
-{base_model}---
-
-# {name}
-
-Converted from `{plan.origin}` by mlx_lfm2vl: {plan.summary()}.
-
-```sh
-python -m mlx_lfm2vl.generate --model {name} --image photo.jpg --prompt "What is in this image?"
-```
-"""
-
-
-def add_report(folder: Path, table: str) -> None:
-    """Adds a fidelity table to the model card."""
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8")
-    card.write_text(f"{text}\n## Fidelity\n\n{table}\n", encoding="utf-8")
-
-
-def _generation_config(plan: Plan) -> dict[str, Any]:
-    """The source's entries; the family's recommended sampling where it states none."""
-    path = plan.source / "generation_config.json"
-    stated = read_json(path) if path.exists() else {}
-    if load_generation_config(plan.source, plan.model_config).sampling_source != "model card":
-        return stated
-    return {
-        **stated,
-        "do_sample": True,
-        "temperature": FAMILY_SAMPLING.temperature,
-        "min_p": FAMILY_SAMPLING.min_p,
-        "repetition_penalty": FAMILY_SAMPLING.repetition_penalty,
-    }
-
-
-def verify(folder: Path) -> None:
-    """Reads the headers of what was written and compares names and shapes with the model."""
-    config = load_config(folder)
-    model = Lfm2VlForConditionalGeneration(config)
-    weights = read_weights(folder)
-    quantize_modules(model, config.quantization, weights)
-    check_names_and_shapes(model, weights)
+def _check_inside(path: Path) -> None:
+    """Raises a ConvertError for a link out of its folder, or out of the Hub's download cache."""
+    place = path.parent.resolve()
+    inside = [place]
+    if place.parent.name == "snapshots":
+        inside.append(place.parents[1] / "blobs")
+    if not any(path.resolve().is_relative_to(folder) for folder in inside):
+        raise ConvertError(f"{path} is a link to {path.resolve()}, outside; put the file itself")

@@ -1,4 +1,4 @@
-"""What a conversion lost: a reference and other checkpoints on the same texts and images.
+"""What a conversion lost: a reference and other checkpoints on the same images and texts.
 
 Distributions of the next token are compared position by position, in float32.
 """
@@ -6,8 +6,11 @@ Distributions of the next token are compared position by position, in float32.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,10 +19,12 @@ import mlx.core as mx
 from ..checkpoints.hub import resolve_model
 from ..checkpoints.loading import load
 from ..checkpoints.weights import weight_files
-from ..errors import ConvertError
+from ..checkpoints.writing import complete_file
+from ..errors import ConvertError, DataError
 from ..generation.generate import generate_step
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
-from ..prompts.processor import Lfm2VlProcessor, Prompt
+from ..prompts.processor import Prompt
+from .plan import make_plan, parameters_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -50,16 +55,19 @@ QUESTION = "Describe this image."
 class Fidelity:
     """One checkpoint against the reference.
 
+    Answers are the reference's own, greedy, at most 48 tokens; both are asked for each of their
+    tokens. Divergences are Kullback-Leibler, from the reference, in nats.
+
     Attributes:
         name: the folder.
         file_bytes: of its safetensors files.
         bits_per_weight: by component, and of all: stored bits for each parameter.
-        top1_agreement: share of positions whose most likely token is the same.
-        mean_kl, p99_kl: Kullback-Leibler divergence from the reference in nats, mean and 99th
-            percentile over positions.
+        top1_agreement, mean_kl, p99_kl: of answers after images: share of positions whose most
+            likely token is the same, mean divergence and 99th percentile.
+        text_top1_agreement, text_mean_kl, text_p99_kl: the same of texts without images.
         image_cosine: mean cosine of the image features of one image token.
-        first_difference: for each prompt, the first token where greedy answers part; None where
-            the first 48 are the same.
+        first_difference: for each question, images first, the first token where both's own greedy
+            answers part; None if they are the same up to their end.
     """
 
     name: str
@@ -68,17 +76,30 @@ class Fidelity:
     top1_agreement: float
     mean_kl: float
     p99_kl: float
+    text_top1_agreement: float
+    text_mean_kl: float
+    text_p99_kl: float
     image_cosine: float
     first_difference: list[int | None] = field(default_factory=list)
 
 
 @dataclass
-class _Outputs:
-    """What one checkpoint says about all samples."""
+class Samples:
+    """What checkpoints are compared on: conversations that await an answer, and bare texts."""
 
-    logprobs: list[mx.array]  # (positions, vocab) per text
-    features: list[mx.array]  # (image tokens, hidden) per image
-    answers: list[list[int]]
+    conversations: list[list[Any]]
+    texts: list[str]
+
+
+@dataclass
+class _Outputs:
+    """What one checkpoint says about all samples; conversations with images come first."""
+
+    token_ids: list[list[int]]  # of each question or text
+    images: int = 0  # how many of these questions have some
+    logprobs: list[mx.array] = field(default_factory=list)  # (positions, vocab)
+    features: list[mx.array] = field(default_factory=list)  # (image tokens, hidden)
+    answers: list[list[int]] = field(default_factory=list)
 
 
 def report(
@@ -91,31 +112,99 @@ def report(
     Args:
         reference: the checkpoint that counts as right.
         others: one or several conversions of it.
-        folder: more samples of the user: `.txt` files and images.
+        folder: more samples of the user, see `samples`.
 
     Raises:
         ConvertError: the folder holds no samples, or the vocabularies differ.
+        DataError: a conversation cannot be read.
     """
-    texts, images = samples(folder)
-    right = _run(reference, texts, images)
-    return [_compare(other, right, _run(other, texts, images)) for other in others]
+    chosen = samples(folder)
+    right = _run(reference, chosen, None)
+    return [_compare(other, right, _run(other, chosen, right)) for other in others]
 
 
-def samples(folder: str | Path | None) -> tuple[list[str], list[Any]]:
-    """The built-in texts and images, and those of a folder."""
-    texts: list[str] = list(TEXTS)
-    images: list[Any] = list(made_images())
-    if folder is not None:
-        paths = sorted(Path(folder).expanduser().glob("*"))
-        more_texts = [p.read_text(encoding="utf-8") for p in paths if p.suffix == ".txt"]
-        more_images = [p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES]
-        if not more_texts and not more_images:
-            raise ConvertError(f"{folder} holds no .txt file and no image")
-        texts, images = texts + more_texts, images + more_images
-    return texts, images
+def samples(folder: str | Path | None) -> Samples:
+    """The built-in images and texts, and those of a user.
+
+    Args:
+        folder: holds images, `.txt` files, and `.jsonl` files with a conversation on each line,
+            `{"messages": […], "images": […]}` as for training; or is such a `.jsonl` file. An
+            answer at the end of a conversation is left out.
+    """
+    found = Samples([_question(image) for image in made_images()], list(TEXTS))
+    if folder is None:
+        return found
+    path = Path(folder).expanduser()
+    paths = sorted(path.glob("*")) if path.is_dir() else [path]
+    images = [_question(str(p)) for p in paths if p.suffix.lower() in IMAGE_SUFFIXES]
+    texts = [_read(p) for p in paths if p.suffix == ".txt"]
+    talks = [talk for p in paths if p.suffix == ".jsonl" for talk in read_conversations(p)]
+    if not images and not texts and not talks:
+        raise ConvertError(f"{folder} holds no image, no .txt file and no .jsonl file")
+    found.conversations += images + talks
+    found.texts += texts
+    return found
 
 
-def made_images() -> Iterable[Image.Image]:
+def _question(image: Any) -> list[Any]:
+    items = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
+    return [{"role": "user", "content": items}]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def read_conversations(path: Path) -> list[list[Any]]:
+    """The conversations of a file of JSON lines, up to their last question."""
+    talks = []
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            talks.append(_conversation(json.loads(line), path.parent))
+        except (KeyError, TypeError, ValueError, RecursionError, StopIteration) as error:
+            raise DataError(
+                f'{path} line {number} is no {{"messages": [...]}} with a place for each of its '
+                f'"images": {error!r}'
+            ) from None
+    return talks
+
+
+def _conversation(entry: Any, folder: Path) -> list[Any]:
+    messages = list(entry["messages"])
+    if messages[-1:] and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise ValueError("nothing is asked")
+    images = iter(entry.get("images") or [])
+    talk = [_located(message, folder, images) for message in messages]
+    if next(images, None) is not None:
+        raise ValueError("more images than places")
+    return talk
+
+
+def _located(message: Any, folder: Path, images: Iterator[Any]) -> Any:
+    """The message with its images, their paths seen from the file of conversations."""
+    if not isinstance(message["content"], list):
+        return message
+    items = []
+    for item in message["content"]:
+        if item["type"] in ("image", "image_url"):
+            given = (item.get(key) for key in ("image", "url", "path", "image_url"))
+            image = next((value for value in given if value is not None), None)
+            image = image["url"] if isinstance(image, dict) else image
+            image = str(next(images) if image is None else image)
+            remote = image.startswith(("http://", "https://", "data:"))
+            item = {"type": "image", "image": image if remote else str(folder / image)}
+        items.append(item)
+    return {**message, "content": items}
+
+
+def made_images() -> Iterator[Image.Image]:
     """Three pictures made in code: shapes, a printed word, and one large enough to be tiled."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -136,76 +225,94 @@ def made_images() -> Iterable[Image.Image]:
     yield large
 
 
-def _run(model_path: str | Path, texts: list[str], images: list[Any]) -> _Outputs:
+def _run(model_path: str | Path, chosen: Samples, right: _Outputs | None) -> _Outputs:
+    """Asks a checkpoint; `right` are the reference's outputs, None for the reference itself."""
     model, processor = load(model_path, dtype="float32")
-    outputs = _Outputs([], [], [])
-    prompts = [processor(QUESTION, image) for image in images]
-    for prompt in prompts:
+    prompts = [processor(talk) for talk in chosen.conversations]
+    prompts.sort(key=lambda prompt: prompt.pixel_values is None)
+    questions = prompts + [processor(f"Continue: {text}") for text in chosen.texts]
+    texts = [processor.tokenizer.encode(text, add_special_tokens=True) for text in chosen.texts]
+    ids = [prompt.token_ids for prompt in questions] + texts
+    if right is not None and ids != right.token_ids:
+        raise ConvertError(
+            f"{model_path} makes other tokens of the same samples than the reference: it has "
+            "another vocabulary, tokenizer, template or image settings"
+        )
+    outputs = _Outputs(ids, sum(prompt.pixel_values is not None for prompt in prompts))
+    ends = processor.generation_config.eos_token_ids
+    for number, prompt in enumerate(questions):
         features: dict[str, mx.array] = {}
-        outputs.logprobs.append(_logprobs(model, prompt, features))
-        outputs.answers.append(_answer(model, prompt, features))
+        embeddings = model.embed_prompt(prompt, features=features)
         outputs.features += features.values()
+        answer = _answer(model, prompt, embeddings, ends)
+        outputs.answers.append(answer)
+        if number < len(prompts):  # of a text, it is the text itself that is scored
+            scored = answer if right is None else right.answers[number]
+            outputs.logprobs.append(_logprobs(model, embeddings, scored))
     for text in texts:
-        ids = processor.tokenizer.encode(text, add_special_tokens=True)
-        outputs.logprobs.append(_logprobs(model, Prompt(ids), {}))
-        outputs.answers.append(_answer(model, _question(processor, text), {}))
+        outputs.logprobs.append(_logprobs(model, model.embed(text[:1])[0], text[1:]))
     return outputs
 
 
-def _question(processor: Lfm2VlProcessor, text: str) -> Prompt:
-    return processor(f"Continue: {text}")
-
-
 def _logprobs(
-    model: Lfm2VlForConditionalGeneration, prompt: Prompt, features: dict[str, mx.array]
+    model: Lfm2VlForConditionalGeneration, before: mx.array, scored: Sequence[int]
 ) -> mx.array:
-    embeddings = model.embed_prompt(prompt, features=features)
-    logits = model(inputs_embeds=embeddings[None]).logits[0]
-    # images are seen, not predicted
-    image_id = model.config.image_token_id
-    text = [i for i, token in enumerate(prompt.token_ids) if token != image_id]
-    logits = logits[mx.array(text)].astype(mx.float32)
+    """Log-probabilities (scored tokens, vocab) at each place where one of them comes next."""
+    # an answer may name the image token, which stands for no image there
+    answer = model.language_model.embed(mx.array([scored], mx.int32))
+    embeddings = mx.concatenate([before[None], answer], axis=1)
+    start = len(before) - 1
+    hidden = model.language_model.model(embeddings).last_hidden_state
+    logits = model.language_model.logits(hidden[0, start : start + len(scored)])
+    logits = logits.astype(mx.float32)
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     mx.eval(logprobs)
     return logprobs
 
 
 def _answer(
-    model: Lfm2VlForConditionalGeneration, prompt: Prompt, features: dict[str, mx.array]
+    model: Lfm2VlForConditionalGeneration,
+    prompt: Prompt,
+    embeddings: mx.array,
+    ends: Sequence[int],
 ) -> list[int]:
-    embeddings = model.embed_prompt(prompt, features=features)
-    steps = generate_step(
+    """The greedy answer, its end token included."""
+    answer = []
+    for token, _ in generate_step(
         prompt.token_ids, model, max_tokens=GREEDY_TOKENS, input_embeddings=embeddings
-    )
-    return [token for token, _ in steps]
+    ):
+        answer.append(token)
+        if token in ends:
+            break
+    return answer
 
 
 def _compare(name: str | Path, right: _Outputs, other: _Outputs) -> Fidelity:
     if right.logprobs[0].shape != other.logprobs[0].shape:
-        raise ConvertError(f"{name} has another vocabulary or tokenizer than the reference")
-    divergences = mx.concatenate(
-        [kl_divergence(p, q) for p, q in zip(right.logprobs, other.logprobs, strict=True)]
-    )
-    agree = mx.concatenate(
-        [
-            mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)
-            for p, q in zip(right.logprobs, other.logprobs, strict=True)
-        ]
-    )
-    cosines = mx.concatenate(
-        [cosine(a, b) for a, b in zip(right.features, other.features, strict=True)]
-    )
-    ordered = cast("list[float]", mx.sort(divergences).tolist())
-    path = resolve_model(name)
+        raise ConvertError(f"{name} has another vocabulary than the reference")
+    cosines = [cosine(a, b) for a, b in zip(right.features, other.features, strict=True)]
+    path, images = resolve_model(name), right.images
     return Fidelity(
         str(name),
         sum(file.stat().st_size for file in weight_files(path)),
         bits_per_weight(path),
-        _number(agree.astype(mx.float32).mean()),
+        *_scores(right.logprobs[:images], other.logprobs[:images]),
+        *_scores(right.logprobs[images:], other.logprobs[images:]),
+        _number(mx.concatenate(cosines).mean()),
+        [first_difference(a, b) for a, b in zip(right.answers, other.answers, strict=True)],
+    )
+
+
+def _scores(right: list[mx.array], other: list[mx.array]) -> tuple[float, float, float]:
+    """Share of equal most likely tokens; mean and 99th percentile of the divergence."""
+    pairs = list(zip(right, other, strict=True))
+    divergences = mx.concatenate([kl_divergence(p, q) for p, q in pairs])
+    agree = mx.concatenate([mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1) for p, q in pairs])
+    ordered = cast("list[float]", mx.sort(divergences).tolist())
+    return (
+        _number(agree.sum()) / agree.size,
         _number(divergences.mean()),
         ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
-        _number(cosines.mean()),
-        [first_difference(a, b) for a, b in zip(right.answers, other.answers, strict=True)],
     )
 
 
@@ -221,35 +328,24 @@ def cosine(a: mx.array, b: mx.array) -> mx.array:
 
 
 def first_difference(a: list[int], b: list[int]) -> int | None:
-    """Index of the first token that differs, None where all are equal."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+    """Index of the first token that differs or is missing, None if all are equal."""
+    return next((i for i, (x, y) in enumerate(zip_longest(a, b)) if x != y), None)
 
 
 def bits_per_weight(folder: Path) -> dict[str, float]:
     """Stored bits for each parameter, by component and of all."""
-    model, _ = load(folder, dtype="float32")
-    stored: dict[str, int] = {}
-    for file in weight_files(folder):
-        tensors = cast("dict[str, mx.array]", mx.load(str(file)))
-        for name, tensor in tensors.items():
-            stored[_component(name)] = stored.get(_component(name), 0) + tensor.nbytes
-    counts: dict[str, int] = {}
-    for path, module in model.named_modules():
-        for name, array in module.items():
-            if isinstance(array, mx.array) and name not in ("scales", "biases"):
-                packed = "scales" in module and name == "weight"
-                size = array.size * 32 // module.bits if packed else array.size
-                part = _component(f"{path}.{name}")
-                counts[part] = counts.get(part, 0) + size
-    bits = {part: 8 * stored.get(part, 0) / counts[part] for part in COMPONENTS}
-    return {**bits, "all": 8 * sum(stored.values()) / sum(counts.values())}
+    plan = make_plan(folder, None)
+    stored: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for name, tensor in plan.read().items():
+        stored[_component(name)] += 8 * tensor.nbytes
+        counts[_component(name)] += parameters_of(name, tensor, plan.before)
+    bits = {part: stored[part] / counts[part] for part in COMPONENTS}
+    return {**bits, "all": stored.total() / counts.total()}
 
 
 def _component(name: str) -> str:
-    for part, prefix in COMPONENTS.items():
-        if prefix in name:
-            return part
-    return "language model"  # lm_head stands alone in the transformers layout
+    return next(part for part, prefix in COMPONENTS.items() if name.startswith(prefix))
 
 
 def _number(array: mx.array) -> float:
@@ -257,11 +353,12 @@ def _number(array: mx.array) -> float:
 
 
 def as_table(results: list[Fidelity]) -> str:
-    """Markdown, one row per checkpoint."""
+    """Markdown, one row per checkpoint; answers after images first, texts apart."""
     lines = [
-        "| checkpoint | size | bits/weight (vision, projector, language) | same top token | "
-        "mean KL | 99 % KL | image cosine | answers part at |",
-        "|---|---|---|---|---|---|---|---|",
+        "| checkpoint | size | bits/weight (vision, projector, language) | after images: same top "
+        "token | mean KL | 99 % KL | image cosine | answers part at | texts: same top token | "
+        "mean KL | 99 % KL |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         bits = result.bits_per_weight
@@ -272,7 +369,9 @@ def as_table(results: list[Fidelity]) -> str:
         lines.append(
             f"| {Path(result.name).name} | {result.file_bytes / 1e6:.1f} MB | "
             f"{bits['all']:.2f} ({parts}) | {100 * result.top1_agreement:.2f} % | "
-            f"{result.mean_kl:.5f} | {result.p99_kl:.5f} | {result.image_cosine:.6f} | {apart} |"
+            f"{result.mean_kl:.5f} | {result.p99_kl:.5f} | {result.image_cosine:.6f} | {apart} | "
+            f"{100 * result.text_top1_agreement:.2f} % | {result.text_mean_kl:.5f} | "
+            f"{result.text_p99_kl:.5f} |"
         )
     return "\n".join(lines)
 
@@ -282,12 +381,21 @@ def as_json(results: list[Fidelity]) -> str:
     return json.dumps([asdict(result) for result in results], indent=2)
 
 
-def plot(results: list[Fidelity], path: str | Path) -> None:
-    """Divergence against size, as a PNG; a ConvertError where matplotlib is missing."""
+def check_plot(path: str | Path) -> None:
+    """Raises a ConvertError if a plot cannot be drawn there."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ConvertError('the plot needs matplotlib: pip install "mlx-lfm2vl[plot]"') from None
+    if not os.access(Path(path).expanduser().parent, os.W_OK) or Path(path).is_dir():
+        raise ConvertError(f"the plot cannot be written to {path}; give a file in a folder")
+
+
+def plot(results: list[Fidelity], path: str | Path) -> None:
+    """Divergence after images against size, as a PNG; a ConvertError without matplotlib."""
+    check_plot(path)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for result in results:
@@ -299,8 +407,9 @@ def plot(results: list[Fidelity], path: str | Path) -> None:
         axes.annotate(Path(result.name).name, (x, low), (5, 5), textcoords="offset points")
     axes.set(
         xlabel="bits per weight",
-        ylabel="divergence from the reference (nats): mean, 99 %",
+        ylabel="divergence after images (nats): mean, 99 %",
         yscale="log",
         title="What the conversion lost",
     )
-    figure.savefig(path, dpi=150)
+    with complete_file(Path(path).expanduser(), ConvertError) as new:
+        figure.savefig(new, dpi=150, format="png")

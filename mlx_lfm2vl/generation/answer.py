@@ -25,9 +25,9 @@ class GenerationResponse:
         generation_tokens: tokens so far.
         generation_tps: tokens per second since the first one.
         peak_memory: GB so far in this process.
-        finish_reason: "stop", "length", or None while it goes on.
+        finish_reason: "stop", "length", or None while it continues.
         image_tokens: image tokens of each image.
-        vision_time: seconds in the vision tower, where it was measured.
+        vision_time: seconds in the vision tower, if it was measured.
         time_to_first_token: seconds from prompt to first token.
         closed: whether the answer is whole, although it was at its limit: a form was asked for, and
             it was brought to its end or had just reached it.

@@ -94,6 +94,11 @@ class Row:
         self.history = mx.array([0])
 
     @property
+    def length(self) -> int:
+        """Positions that the prompt ends at."""
+        return len(self.token_ids)
+
+    @property
     def attention(self) -> KVCache:
         """The cache of an attention layer; all of them have the same slots."""
         return cast(KVCache, next(entry for entry in self.cache if entry.has_slots))
@@ -116,7 +121,7 @@ class Row:
     @property
     def forced(self) -> list[int]:
         """Tokens of the answer behind `y`, which go in without being chosen."""
-        return self.tokens[self.offset + 1 - len(self.token_ids) :]
+        return self.tokens[self.offset + 1 - self.length :]
 
     def follow(self, token: int) -> list[int]:
         """The tokens that come now that this one was chosen: itself and those it forces."""
@@ -331,7 +336,7 @@ class Engine:
         self.reading.popleft()
         if not row.finished:
             self.arrivals.append(row)
-        elif row.keep_answer and row.offset > len(row.token_ids):
+        elif row.keep_answer and row.offset > row.length:
             self._remember(row, row.offset)
         return events
 
@@ -345,7 +350,7 @@ class Engine:
 
     def _read(self, row: Row) -> Iterator[None]:
         """Reads a prompt, piece by piece, until its first token is under way."""
-        length, places = len(row.token_ids), list[int]()
+        length, places = row.length, list[int]()
         if self.prefixes is not None and row.prompt is not None:
             row.cache = self.prefixes.find(row.prompt, row.cache_options) or row.cache
             places = [place for place in self.prefixes.places(row.prompt) if place < length]
@@ -359,7 +364,7 @@ class Engine:
 
     def _jump(self, row: Row) -> Iterator[None]:
         """Reads the last tokens of an answer, which are known, in one pass."""
-        tokens = row.tokens[row.offset - len(row.token_ids) :]
+        tokens = row.tokens[row.offset - row.length :]
         yield from self._pieces(row, self.language_model.embed(mx.array(tokens)), True)
 
     def _remember(self, row: Row, length: int) -> None:
@@ -373,7 +378,7 @@ class Engine:
             self.language_model, embeddings, row.cache, row.cache_options, self.prefill_step_size
         )
         for hidden in pieces:
-            if is_last and row.cache[0].offset == len(row.token_ids) + len(row.tokens):
+            if is_last and row.cache[0].offset == row.length + len(row.tokens):
                 row.history = mx.array([*row.token_ids, *row.tokens])
                 row.y = row.choose(self.language_model.logits(hidden[:, -1]))
                 row.offset = row.cache[0].offset

@@ -10,8 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..errors import PromptError
 from ..models.cache import Cache
-from ..models.lfm2 import Lfm2ForCausalLM
+from ..models.lfm2 import Lfm2ForCausalLM, check_token_ids
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..options import DEFAULT_MAX_TOKENS, CacheOptions
 from ..prompts.image_processor import ImageInput
@@ -38,24 +39,28 @@ def generate_step(
     """Yields (token, log-probabilities (vocab,)), as mlx-lm's function of this name.
 
     Args:
-        prompt: token ids (tokens,).
+        prompt: token ids (tokens,), which follow what `prompt_cache` holds.
         max_tokens: how many tokens at most.
         sampler: log-probabilities (batch, vocab) -> tokens (batch,); greedy by default.
         logits_processors: see `sampling`.
         prompt_cache: a cache to continue from; it holds everything that was read when the last
-            token has come. What it holds of the prompt already is left out of `input_embeddings`.
+            token has come.
         cache_options: how attention layers remember; a rotating cache pins the prompt.
         prefill_step_size: positions of the prompt that go through the model at once.
-        input_embeddings: (tokens, hidden), to use instead of the prompt's own; at least one.
+        input_embeddings: (tokens, hidden), what is read instead of the prompt's own; at least
+            one. Logits processors still see the prompt.
     """
     engine = Engine(model, prefill_step_size=prefill_step_size)
     ids = cast("list[int]", prompt.tolist()) if isinstance(prompt, mx.array) else list(prompt)
+    if len(ids) == 0:
+        raise PromptError("the prompt has no tokens; it needs one or more")
+    check_token_ids(ids, engine.language_model.vocab_size)
     cache = prompt_cache
     if cache is None:
         cache = engine.language_model.make_cache(cache_options, len(ids))
     embeddings, known = input_embeddings, cache[0].offset
     if embeddings is None:
-        embeddings = engine.language_model.embed(mx.array(ids[known:]))
+        embeddings = engine.language_model.embed(mx.array(ids))
     processors = list(logits_processors)
     row = StepRow(ids, max_tokens, sampler, processors, cache, cache_options, keep_cache=True)
     row.embeddings, row.known = embeddings, known
@@ -68,6 +73,10 @@ class StepRow(Row):
 
     embeddings: mx.array
     known: int
+
+    @property
+    def length(self) -> int:
+        return self.known + len(self.embeddings)
 
     def embed(self, start: int, stop: int) -> mx.array:
         return self.embeddings[start - self.known : stop - self.known]
@@ -133,7 +142,8 @@ def run(engine: Engine, row: Row) -> Iterator[Any]:
                 if event.row is row:
                     if event.error is not None:
                         raise event.error
-                    yield event.response
+                    if event.response is not None:  # a prompt that was only read has none
+                        yield event.response
     finally:
         engine.cancel(row)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from statistics import median
 from typing import Any
 
 import mlx.core as mx
@@ -28,7 +28,7 @@ class Machine:
         device: `cpu` or `gpu`, what MLX computes on.
         device_name: the chip's name.
         cores: of the processor, as far as this process may use them.
-        memory_bytes: of the machine, 0 where the system does not tell.
+        memory_bytes: of the machine, 0 if the system does not tell.
         python, mlx, mlx_lfm2vl: versions.
     """
 
@@ -77,7 +77,7 @@ def measure_bandwidth(dtype: mx.Dtype, rounds: int, nbytes: int = BANDWIDTH_BYTE
         return out
 
     times = repeat(rounds, lambda: seconds(products))
-    return BANDWIDTH_PRODUCTS * matrix.nbytes / statistics.median(times)
+    return BANDWIDTH_PRODUCTS * matrix.nbytes / median(times)
 
 
 def this_machine() -> Machine:

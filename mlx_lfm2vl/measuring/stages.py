@@ -7,11 +7,12 @@ end of each stage, and all weights are in memory before anything but loading is 
 from __future__ import annotations
 
 import io
-import statistics
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import mlx.core as mx
@@ -31,16 +32,15 @@ from ..prompts.image_source import RawImage, load_image
 from ..prompts.processor import Lfm2VlProcessor
 from ..prompts.question import Question
 from ..serving.session import Session
+from . import DEFAULT_ROUNDS, DEFAULT_ROWS, DEFAULT_TOKENS
 from .machine import Machine, measure_bandwidth, repeat, seconds, this_machine
 
 Size = tuple[int, int]  # width and height in pixels
 QUESTIONS = ("What is in this image?", "What colours do you see?")
 GREEDY = Sampling(temperature=0)
 DEFAULT_SIZE: Size = (640, 480)
-MAX_SIDE = 16384  # pixels of a made picture
-DEFAULT_ROUNDS = 3
-DEFAULT_TOKENS = 64
-DEFAULT_ROWS = 8
+# of a made picture: above so many pixels Pillow warns of files that only claim them
+MAX_SIDE, MAX_RATIO, MAX_PIXELS = 16384, 256, 89_000_000
 NO_TOKEN = -1  # as the only end of an answer: it never ends early
 
 
@@ -116,6 +116,7 @@ def benchmark(
     *,
     dtype: str | None = None,
     revision: str | None = None,
+    adapter_path: str | Path | None = None,
     image_options: ImageOptions = NO_OPTIONS,
     rounds: int = DEFAULT_ROUNDS,
     max_tokens: int = DEFAULT_TOKENS,
@@ -125,10 +126,9 @@ def benchmark(
     """Measures a model on this machine.
 
     Args:
-        model, dtype, revision: as `load` takes them.
+        model, dtype, revision, adapter_path: as `load` takes them.
         images: what the questions are about; files and bytes are decoded anew in each round.
-        sizes: (width, height) of pictures to make for this; one of 640x480 where there are
-            neither images nor sizes.
+        sizes: (width, height) of pictures to make for this; 640x480 without images and sizes.
         image_options: changes of the checkpoint's image settings.
         rounds: how many count, after one that does not.
         max_tokens: length of each answer, 2 or more.
@@ -136,37 +136,50 @@ def benchmark(
         progress: called with the name of what is measured next.
 
     Raises:
-        PromptError: a number makes no sense.
-        ImageError: an image cannot be read.
-        ModelNotFoundError, ConfigError, WeightsError: as `load`.
+        PromptError, ImageError: a number makes no sense, or an image cannot be read.
+        ModelNotFoundError, ConfigError, WeightsError, TrainError: as `load`.
     """
     _check(rounds=(rounds, 1), max_tokens=(max_tokens, 2), rows=(rows, 1))
     sources = _sources(images, sizes)
     tell = progress if progress is not None else _silence
     tell("load")
-    network, processor, load_times = _load(resolve_model(model, revision), dtype, rounds)
-    compute_type = network.language_model.model.embedding_norm.weight.dtype
+    folder = resolve_model(model, revision)
+    network, processor, load_s = _load(folder, dtype, adapter_path, rounds)
+    benches = [
+        _ImageBench(network, processor, *source, image_options, max_tokens) for source in sources
+    ]
     with wired_limit(network):
-        tell("memory bandwidth")
-        bandwidth = measure_bandwidth(compute_type, rounds)
-        costs = []
-        for name, source in sources:
-            bench = _ImageBench(network, processor, name, source, image_options, max_tokens)
-            costs.append(bench.run(rounds, bandwidth, tell))
-        tell(f"batch of {rows}")
-        batch = repeat(rounds, lambda: _batch_seconds(network, processor, rows, max_tokens))
+        return _measure(str(model), load_s, benches, rounds, rows, tell)
+
+
+def _measure(
+    name: str,
+    load_s: float,
+    benches: Sequence[_ImageBench],
+    rounds: int,
+    rows: int,
+    tell: Callable[[str], None],
+) -> BenchmarkResult:
+    """All stages but loading, of at least one image."""
+    network, processor, max_tokens = benches[0].model, benches[0].processor, benches[0].tokens
+    compute_type = network.language_model.model.embedding_norm.weight.dtype
+    tell("memory bandwidth")
+    bandwidth = measure_bandwidth(compute_type, rounds)
+    costs = [bench.run(rounds, bandwidth, tell) for bench in benches]
+    tell(f"batch of {rows}")
+    batch_s = median(repeat(rounds, lambda: _batch_seconds(network, processor, rows, max_tokens)))
     return BenchmarkResult(
-        str(model),
-        this_machine(),
-        str(compute_type).removeprefix("mlx.core."),
-        _nbytes(network.parameters()),
-        rounds,
-        max_tokens,
-        statistics.median(load_times),
-        bandwidth,
-        rows,
-        rows * (max_tokens - 1) / statistics.median(batch),
-        costs,
+        model=name,
+        machine=this_machine(),
+        dtype=str(compute_type).removeprefix("mlx.core."),
+        weight_bytes=_nbytes(network.parameters()),
+        rounds=rounds,
+        max_tokens=max_tokens,
+        load_s=load_s,
+        bandwidth=bandwidth,
+        batch_rows=rows,
+        batch_tps=rows * (max_tokens - 1) / batch_s,
+        images=costs,
     )
 
 
@@ -183,11 +196,13 @@ def made_picture(width: int, height: int) -> bytes:
     """A JPEG with as much detail as a photo, always the same for a size.
 
     Raises:
-        ImageError: a side is no number of pixels between 1 and 16384.
+        ImageError: too small, too large or too thin.
     """
-    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
+    short, long = sorted((width, height))
+    if short < 1 or long > min(MAX_SIDE, MAX_RATIO * short) or short * long > MAX_PIXELS:
         raise ImageError(
-            f"a picture of {width}x{height} pixels is not made; sides must be 1 to {MAX_SIDE}"
+            f"a picture of {width}x{height} pixels is not made; sides must be 1 to {MAX_SIDE}, "
+            f"one at most {MAX_RATIO} times the other, and {MAX_PIXELS} pixels in all"
         )
     import numpy as np
     from PIL import Image
@@ -236,10 +251,10 @@ class _ImageBench:
         ):
             tell(f"{self.name}: {stage.replace('_', ' ')}")
             times[stage] = repeat(rounds, measure)
-        medians = {f"{stage}_s": statistics.median(found) for stage, found in times.items()}
+        medians = {f"{stage}_s": median(found) for stage, found in times.items()}
         decode_tps = 1 / medians.pop("decode_s")
         weights = decode_weight_bytes(self.model.language_model)
-        # without the room that a cache holds for later positions
+        # without the capacity that a cache holds for later positions
         bytes_per_token = weights + cache_nbytes(copy_cache(self.cache))
         return ImageCosts(
             name=self.name,
@@ -328,19 +343,22 @@ class _ImageBench:
 
 
 def _load(
-    folder: Path, dtype: str | None, rounds: int
-) -> tuple[Lfm2VlForConditionalGeneration, Lfm2VlProcessor, list[float]]:
-    """Model and processor, and the seconds of each counted round."""
-    times: list[float] = []
+    folder: Path, dtype: str | None, adapter_path: str | Path | None, rounds: int
+) -> tuple[Lfm2VlForConditionalGeneration, Lfm2VlProcessor, float]:
+    """Model and processor, and the median of the seconds that loading took."""
     loaded = None
-    for _ in range(rounds + 1):
+
+    def measure() -> float:
+        nonlocal loaded
         loaded = None  # there is never more than one in memory
         mx.clear_cache()
         start = time.perf_counter()
-        loaded = load(folder, dtype, lazy=False)
-        times.append(time.perf_counter() - start)
+        loaded = load(folder, dtype, lazy=False, adapter_path=adapter_path)
+        return time.perf_counter() - start
+
+    load_s = median(repeat(rounds, measure))
     assert loaded is not None
-    return *loaded, times[1:]
+    return *loaded, load_s
 
 
 def _batch_seconds(
@@ -362,18 +380,18 @@ def _batch_seconds(
         mx.synchronize()
         start = time.perf_counter()
 
-    # there is room for one more row, or the batch would not ask for it
+    # one more row has a place, or the batch would not ask for it
     for _ in stream_batch(model, endless, requests(), batch_size=rows + 1):
         pass
     return time.perf_counter() - start
 
 
 def _sources(images: Sequence[RawImage], sizes: Sequence[Size]) -> list[tuple[str, RawImage]]:
-    """Names and images; an ImageError before anything slow where one cannot be read."""
+    """Names and images; an ImageError before anything slow if one cannot be read."""
     found: list[tuple[str, RawImage]] = []
     for number, image in enumerate(images, 1):
         picture = load_image(image)
-        if isinstance(image, (str, Path)) and Path(image).expanduser().is_file():
+        if isinstance(image, (str, Path)) and os.path.isfile(os.path.expanduser(image)):
             found.append((Path(image).name, image))
         else:
             # neither a network nor an array takes part in what is measured

@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from ..errors import PromptError
 from ..options import CacheOptions
+from .config import Lfm2Config
 
 BLOCK = 256  # slots; buffers grow by so many, so that most tokens write in place
 CPU_BLOCK = 128  # tokens that attend together
@@ -96,7 +97,7 @@ class KVCache:
         return attention(queries, keys, values, mask, scale)
 
     def make_mask(self, length: int) -> mx.array | str | None:
-        """What `length` new tokens may see: boolean (length, positions) where it is not plain."""
+        """What `length` new tokens may see: boolean (length, positions) if it is not plain."""
         if length == 1:
             return None
         if self.max_size is None or self.offset + length <= self.max_size:
@@ -173,6 +174,16 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
 
+    def shapes(self, config: Lfm2Config) -> list[tuple[int, ...]]:
+        """What its state must look like in a model of this configuration."""
+        return [
+            (1, config.num_key_value_heads, self.used, width)
+            for width in self._widths(config.head_dim)
+        ]
+
+    def _widths(self, head_dim: int) -> list[int]:
+        return [head_dim, head_dim]
+
     def _parts(self, keys: mx.array, values: mx.array) -> list[mx.array]:
         """Keys and values as they are stored."""
         return [keys, values]
@@ -228,6 +239,10 @@ class QuantizedKVCache(KVCache):
         cache = cls(meta["group_size"], meta["bits"])
         cache.offset, cache.arrays = meta["offset"], list(state)
         return cache
+
+    def _widths(self, head_dim: int) -> list[int]:
+        groups = head_dim // self.group_size
+        return [head_dim * self.bits // 32, groups, groups] * 2
 
     def _parts(self, keys: mx.array, values: mx.array) -> list[mx.array]:
         size, bits = self.group_size, self.bits
@@ -304,6 +319,10 @@ class ConvCache:
     def copy(self) -> ConvCache:
         """A cache of its own."""
         return self.restore(self.meta, self.state)
+
+    def shapes(self, config: Lfm2Config) -> list[tuple[int, ...]]:
+        """What its state must look like in a model of this configuration."""
+        return [(1, config.conv_L_cache - 1, config.hidden_size)]
 
     @property
     def state(self) -> list[mx.array]:

@@ -13,11 +13,28 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..files import REQUIRED, Json, Reader, read_json
+from ..options import Bound
 
+WIDTH = Bound(int, 1, 1 << 18)  # far beyond any published model; more is a mistake, not a size
+COUNT = Bound(int, 1, 1000)  # layers and heads
+VOCABULARY = Bound(int, 1, 1 << 24)
+SMALL = Bound(float, 1e-30, 1)  # what is added before a division
 MODEL_TYPES = ("lfm2_vl", "lfm2-vl")
 VISION_MODEL_TYPES = ("siglip2_vision_model", "lfm2_vl")
 TEXT_MODEL_TYPES = ("lfm2",)
 QUANTIZATION_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+
+
+VISION_BOUNDS = {
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": COUNT,
+    "num_attention_heads": COUNT,
+    "num_channels": Bound(int, 3, 3),
+    "patch_size": Bound(int, 1, 256),
+    "num_patches": Bound(int, 1, 1 << 20),
+    "layer_norm_eps": SMALL,
+}
 
 
 @dataclass(frozen=True)
@@ -100,13 +117,21 @@ class Lfm2VlConfig:
                 "projector_hidden_act", str, default=default.projector_hidden_act
             ),
             projector_hidden_size=top.get(
-                "projector_hidden_size", int, default=default.projector_hidden_size
+                "projector_hidden_size",
+                int,
+                default=default.projector_hidden_size,
+                bound=WIDTH,
             ),
             projector_bias=top.get("projector_bias", bool, default=default.projector_bias),
             projector_use_layernorm=top.get(
                 "projector_use_layernorm", bool, default=default.projector_use_layernorm
             ),
-            downsample_factor=top.get("downsample_factor", int, default=default.downsample_factor),
+            downsample_factor=top.get(
+                "downsample_factor",
+                int,
+                default=default.downsample_factor,
+                bound=Bound(int, 1, 16),
+            ),
             dtype=top.get("dtype", str, "torch_dtype", default="")
             or text_reader.get("dtype", str, "torch_dtype", default=default.dtype),
             eos_token_ids=_token_ids(text_reader) or _token_ids(top),
@@ -122,10 +147,10 @@ def load_config(folder: Path) -> Lfm2VlConfig:
 
 def _text_config(reader: Reader, top: Reader) -> Lfm2Config:
     default = Lfm2Config()
-    hidden_size = reader.get("hidden_size", int, "block_dim", default=REQUIRED)
-    heads = reader.get("num_attention_heads", int, "num_heads", default=REQUIRED)
-    kv_heads = reader.get("num_key_value_heads", int, default=heads)
-    layers = reader.get("num_hidden_layers", int, default=REQUIRED)
+    hidden_size = reader.get("hidden_size", int, "block_dim", default=REQUIRED, bound=WIDTH)
+    heads = reader.get("num_attention_heads", int, "num_heads", default=REQUIRED, bound=COUNT)
+    kv_heads = reader.get("num_key_value_heads", int, default=heads, bound=COUNT)
+    layers = reader.get("num_hidden_layers", int, default=REQUIRED, bound=COUNT)
     reader.check(
         hidden_size % heads == 0, "hidden_size", hidden_size, f"a multiple of {heads} heads"
     )
@@ -137,16 +162,20 @@ def _text_config(reader: Reader, top: Reader) -> Lfm2Config:
             "tie_word_embeddings", bool, "tie_embedding", default=default.tie_word_embeddings
         )
     return Lfm2Config(
-        vocab_size=reader.get("vocab_size", int, default=REQUIRED),
+        vocab_size=reader.get("vocab_size", int, default=REQUIRED, bound=VOCABULARY),
         hidden_size=hidden_size,
         feed_forward_size=_feed_forward_size(reader),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         layer_types=_layer_types(reader, layers),
-        norm_eps=reader.get("norm_eps", float, "block_norm_eps", default=default.norm_eps),
+        norm_eps=reader.get(
+            "norm_eps", float, "block_norm_eps", default=default.norm_eps, bound=SMALL
+        ),
         rope_theta=_rope_theta(reader),
-        conv_L_cache=reader.get("conv_L_cache", int, default=default.conv_L_cache),
+        conv_L_cache=reader.get(
+            "conv_L_cache", int, default=default.conv_L_cache, bound=Bound(int, 2, 64)
+        ),
         conv_bias=reader.get("conv_bias", bool, default=default.conv_bias),
         tie_word_embeddings=tied,
         max_position_embeddings=reader.get(
@@ -156,13 +185,15 @@ def _text_config(reader: Reader, top: Reader) -> Lfm2Config:
 
 
 def _feed_forward_size(reader: Reader) -> int:
-    # block_ff_dim wins over intermediate_size where both stand, as in transformers
-    size = reader.get("block_ff_dim", int, default=None)
+    # block_ff_dim wins over intermediate_size if both stand, as in transformers
+    size = reader.get("block_ff_dim", int, default=None, bound=WIDTH)
     if size is None:
-        size = reader.get("intermediate_size", int, default=REQUIRED)
+        size = reader.get("intermediate_size", int, default=REQUIRED, bound=WIDTH)
     if reader.get("block_auto_adjust_ff_dim", bool, default=True):
-        multiplier = reader.get("block_ffn_dim_multiplier", float, default=1.0)
-        multiple = reader.get("block_multiple_of", int, default=256)
+        multiplier = reader.get(
+            "block_ffn_dim_multiplier", float, default=1.0, bound=Bound(float, 1e-3, 1e3)
+        )
+        multiple = reader.get("block_multiple_of", int, default=256, bound=WIDTH)
         size = int(multiplier * int(2 * size / 3))
         size = -(-size // multiple) * multiple
     return size
@@ -173,15 +204,16 @@ def _layer_types(reader: Reader, layers: int) -> tuple[str, ...]:
     indices = reader.get("full_attn_idxs", list, default=None)
     if types is None and indices is None:
         raise reader.error("layer_types", None, f"a list of {layers} layer types")
-    if types is None:
+    if indices is not None:
         reader.check(
-            all(isinstance(i, int) and 0 <= i < layers for i in indices),
+            len(indices) > 0 and all(type(i) is int and 0 <= i < layers for i in indices),
             "full_attn_idxs",
             indices,
             f"layer numbers below {layers}",
         )
+    if types is None:
         return tuple("full_attention" if i in indices else "conv" for i in range(layers))
-    known = set(types) <= {"full_attention", "conv"} and len(types) == layers
+    known = all(kind in ("full_attention", "conv") for kind in types) and len(types) == layers
     reader.check(known, "layer_types", types, f"{layers} times full_attention or conv")
     found = [i for i, kind in enumerate(types) if kind == "full_attention"]
     reader.check(len(found) > 0, "layer_types", types, "with one full_attention or more")
@@ -193,12 +225,17 @@ def _layer_types(reader: Reader, layers: int) -> tuple[str, ...]:
 
 
 def _rope_theta(reader: Reader) -> float:
-    rope = reader.get("rope_parameters", dict, default=None) or {}
-    kind = rope.get("rope_type", "default")
-    reader.check(kind == "default", "rope_parameters.rope_type", kind, "default")
+    rope = Reader(
+        reader.get("rope_parameters", dict, default=None) or {},
+        reader.file,
+        f"{reader.prefix}rope_parameters.",
+    )
+    kind = rope.get("rope_type", str, default="default")
+    rope.check(kind == "default", "rope_type", kind, "default")
+    bound = Bound(float, 1e-3, 1e15)
     values = {
-        "rope_theta": reader.get("rope_theta", float, default=None),
-        "rope_parameters.rope_theta": rope.get("rope_theta"),
+        "rope_theta": reader.get("rope_theta", float, default=None, bound=bound),
+        "rope_parameters.rope_theta": rope.get("rope_theta", float, default=None, bound=bound),
     }
     return reader.agree(values, default=Lfm2Config.rope_theta)
 
@@ -208,7 +245,10 @@ def _vision_config(reader: Reader, vision_feature_layer: int) -> Siglip2VisionCo
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     values = {
         f.name: reader.get(
-            f.name, type(f.default), default=REQUIRED if f.name in sizes else f.default
+            f.name,
+            type(f.default),
+            default=REQUIRED if f.name in sizes else f.default,
+            bound=VISION_BOUNDS.get(f.name),
         )
         for f in fields(default)
     }
@@ -230,6 +270,13 @@ def _vision_config(reader: Reader, vision_feature_layer: int) -> Siglip2VisionCo
     return replace(config, num_hidden_layers=kept)
 
 
+def _check_quantization(entry: Reader) -> None:
+    for key in ("group_size", "bits"):
+        entry.get(key, int, default=None, bound=Bound(int, 1, 1024))
+    mode = entry.get("mode", str, default="affine")
+    entry.check(mode in QUANTIZATION_MODES, "mode", mode, " or ".join(QUANTIZATION_MODES))
+
+
 def _quantization(top: Reader) -> Mapping[str, Any] | None:
     settings = top.get("quantization", dict, default=None)
     copy = top.get("quantization_config", dict, default=None)
@@ -245,9 +292,11 @@ def _quantization(top: Reader) -> Mapping[str, Any] | None:
             f"{dict(copy)} differ; make them equal"
         )
     settings = settings if settings is not None else copy
-    if settings is not None:
-        mode = settings.get("mode", "affine")
-        top.check(mode in QUANTIZATION_MODES, "quantization.mode", mode, QUANTIZATION_MODES)
+    for path, entry in {"quantization": settings, **(settings or {})}.items():
+        if isinstance(entry, Mapping):  # the common settings, or those of one module
+            _check_quantization(Reader(entry, top.file, f"{path}."))
+        elif not isinstance(entry, (int, str, bool, type(None))):
+            raise top.error(f"quantization.{path}", entry, "settings of a module")
     return settings
 
 

@@ -44,7 +44,7 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
 
 
 def activation(name: str) -> Callable[[mx.array], mx.array]:
-    """The activation that a config names; a ConfigError where it is unknown."""
+    """The activation that a config names; a ConfigError if it is unknown."""
     if name not in ACTIVATIONS:
         raise ConfigError(f"activation {name!r} is unknown; it must be one of {list(ACTIVATIONS)}")
     return ACTIVATIONS[name]

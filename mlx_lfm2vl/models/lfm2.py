@@ -7,11 +7,13 @@ mlx-lm's protocol, so mlx-lm's own generation drives it, too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..errors import PromptError
 from ..options import CacheOptions
 from .cache import Cache, ConvCache, attention, causal_mask, make_attention_cache
 from .config import Lfm2Config
@@ -21,8 +23,8 @@ from .layers import checkpointed, swiglu
 class Rotary(NamedTuple):
     """Where the tokens stand: after `offset` others, or at explicit angles.
 
-    `offset` is an int, or (batch,) where rows differ. cos and sin are (batch, 1, tokens, head
-    dim), None where positions simply count up.
+    `offset` is an int, or (batch,) if rows differ. cos and sin are (batch, 1, tokens, head
+    dim), None if positions simply count up.
     """
 
     offset: int | mx.array
@@ -36,7 +38,7 @@ class Masks(NamedTuple):
     Attributes:
         attention: "causal", None (a single token sees everything) or boolean
             (batch, 1, tokens, positions).
-        padding: (batch, tokens, 1), False on padding; None where there is none.
+        padding: (batch, tokens, 1), False on padding; None if there is none.
     """
 
     attention: mx.array | str | None
@@ -44,7 +46,7 @@ class Masks(NamedTuple):
 
 
 class Lfm2Output(NamedTuple):
-    """Hidden states after the final norm: (batch, tokens, hidden); the rest where asked for.
+    """Hidden states after the final norm: (batch, tokens, hidden); the rest if asked for.
 
     `hidden_states`: the embeddings, each layer's output, the last one after the final norm.
     `attentions`: (batch, heads, tokens, positions) per attention layer.
@@ -321,6 +323,11 @@ class Lfm2ForCausalLM(nn.Module):
         embeddings = self.embed(inputs) if input_embeddings is None else input_embeddings
         return self.logits(self.model(embeddings, cache).last_hidden_state)
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embeddings."""
+        return int(self.model.embed_tokens.weight.shape[0])
+
     def embed(self, token_ids: mx.array) -> mx.array:
         """(batch, tokens) -> (batch, tokens, hidden)."""
         # embeddings quantized to small floats come out as bfloat16, whatever the rest computes in
@@ -349,3 +356,20 @@ class Lfm2ForCausalLM(nn.Module):
             make_attention_cache(options, first_turn) if layer.is_attention_layer else ConvCache()
             for layer in self.layers
         ]
+
+
+def check_token_ids(token_ids: Sequence[int], size: int) -> list[int]:
+    """The ids as ints; a PromptError names one that a vocabulary of this size does not have.
+
+    The device does not check: what lies beyond the embeddings would be read, or crash.
+    """
+    try:
+        ids = list(map(index, token_ids))
+        wrong = [token for token in ids if not 0 <= token < size]
+    except TypeError:  # no whole number
+        wrong = [token for token in token_ids if not hasattr(token, "__index__")]
+    if wrong:
+        raise PromptError(
+            f"token id {wrong[0]!r} is not in the vocabulary of {size} tokens, 0 to {size - 1}"
+        )
+    return ids

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from operator import index
 from typing import Any, cast
 
 import mlx.core as mx
@@ -18,7 +17,7 @@ from ..options import CacheOptions, ImageProcessorConfig
 from ..prompts.processor import Prompt, PromptImage, pack_pixels
 from .cache import Cache
 from .config import Lfm2VlConfig
-from .lfm2 import Lfm2ForCausalLM
+from .lfm2 import Lfm2ForCausalLM, check_token_ids
 from .projector import Lfm2VlMultiModalProjector
 from .siglip2 import Array, Siglip2VisionModel, check_shapes, group_views, pack_views
 
@@ -254,7 +253,7 @@ class Lfm2VlModel(nn.Module):
         if isinstance(input_ids, mx.array):
             ids = input_ids
         else:
-            tokens = self._check_ids(_flat(input_ids))
+            tokens = check_token_ids(_flat(input_ids), self.config.text_config.vocab_size)
             shape = (1, len(tokens)) if isinstance(input_ids, Sequence) else input_ids.shape
             ids = mx.array(tokens, mx.int32).reshape(shape)
         embeddings = self.language_model.embed(ids)
@@ -299,7 +298,7 @@ class Lfm2VlModel(nn.Module):
         stop = len(prompt.token_ids) if stop is None else stop
         inside = _images_inside(prompt, start, stop)
         token_ids = prompt.token_ids[start:stop]
-        self._check_ids(token_ids)
+        check_token_ids(token_ids, self.config.text_config.vocab_size)
         if image_features is not None:
             self._check_features(prompt.token_ids, image_features)
             before = prompt.token_ids[:start].count(self.config.image_token_id)
@@ -327,19 +326,6 @@ class Lfm2VlModel(nn.Module):
                 found[placed.digest] = known[placed.digest] = rows
                 start = stop
         return mx.concatenate([found[placed.digest] for placed in images])
-
-    def _check_ids(self, token_ids: Sequence[int]) -> list[int]:
-        size = self.config.text_config.vocab_size
-        try:
-            ids = list(map(index, token_ids))
-            wrong = [token for token in ids if not 0 <= token < size]
-        except TypeError:  # no whole number
-            wrong = [token for token in token_ids if not hasattr(token, "__index__")]
-        if wrong:
-            raise PromptError(
-                f"token id {wrong[0]!r} is not in the vocabulary of {size} tokens, 0 to {size - 1}"
-            )
-        return ids
 
     def _check_features(self, token_ids: Sequence[int], image_features: mx.array) -> None:
         places = token_ids.count(self.config.image_token_id)
@@ -393,7 +379,7 @@ class Lfm2VlForConditionalGeneration(Lfm2VlModel):
         """One forward pass, as the official `forward`; arguments and errors of `Lfm2VlModel`, and
 
         Args:
-            labels: (batch, tokens), -100 where ignored; needs all logits.
+            labels: (batch, tokens), -100 if ignored; needs all logits.
             logits_to_keep: project only so many last positions, 0 for all; or these positions.
         """
         out = super().__call__(

@@ -30,7 +30,7 @@ MAX_PATCHES_PER_GROUP = 1024
 class Siglip2VisionOutput(NamedTuple):
     """Features of all patches, packed view after view: (patches, hidden).
 
-    `hidden_states` holds the embeddings and each layer's output, where asked for.
+    `hidden_states` holds the embeddings and each layer's output, if asked for.
     """
 
     last_hidden_state: mx.array

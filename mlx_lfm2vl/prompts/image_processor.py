@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Union
 
 from ..errors import ImageError
-from ..options import ImageOptions, ImageProcessorConfig
+from ..options import MAX_GRID_SIDE, ImageOptions, ImageProcessorConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +22,9 @@ from .image_source import RawImage, load_image
 
 ImageInput = Union[RawImage, "ProcessedImage"]
 NO_OPTIONS = ImageOptions()
+# bounds of memory on the way to a view, far above those of pictures that are not thin lines
+LONG_SIDE = 2**20  # pixels; the weights of Pillow's filters take 16 bytes and more for each
+MOST_PIXELS = 2**24
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,9 @@ class ImageLayout:
     """How one image is cut: a grid of tiles and, apart from it, one resized whole view.
 
     Attributes:
-        rows, cols: the grid; 0 and 0 where the image is not tiled.
+        rows, cols: the grid; 0 and 0 if the image is not tiled.
         whole: (height, width) in pixels of the resized whole image: the only view of a small
-            image, the thumbnail of a tiled one, None where a tiled image has no thumbnail.
+            image, the thumbnail of a tiled one, None if a tiled image has no thumbnail.
     """
 
     rows: int
@@ -80,7 +83,7 @@ class Lfm2VlImageProcessor:
     """Cuts and resizes images by the settings of a checkpoint.
 
     The geometry is that of `transformers`' `Lfm2VlImageProcessor`; resizing is Pillow's, at most
-    one grey level away from torchvision's where bilinear, and two where bicubic.
+    one grey level away from torchvision's if bilinear, and two if bicubic.
     """
 
     def __init__(self, config: ImageProcessorConfig) -> None:
@@ -136,8 +139,11 @@ class Lfm2VlImageProcessor:
     ) -> tuple[int, int]:
         """Size of a whole view: sides divisible by 32, area within the token limits.
 
-        The aspect ratio is kept as closely as that allows. Returns (width, height) in pixels, in
-        the order of the official method.
+        The aspect ratio is kept as closely as that allows. Of an image thinner than
+        `max_image_tokens` to 1, the official size has more tokens than that (1x100,000: 7,619);
+        here it is a strip of one row or column with `max_image_tokens`. Growing to
+        `min_image_tokens` rounds up, as there, and so may pass a maximum that is close to it.
+        Returns (width, height) in pixels, in the order of the official method.
         """
         config = options.apply(self.config)
         factor = config.encoder_patch_size * config.downsample_factor
@@ -153,12 +159,15 @@ class Lfm2VlImageProcessor:
             grow = math.sqrt(min_pixels / (height * width))
             new_height = math.ceil(height * grow / factor) * factor
             new_width = math.ceil(width * grow / factor) * factor
+        if min(new_height, new_width) == factor:
+            longest = config.max_image_tokens * factor
+            new_height, new_width = min(new_height, longest), min(new_width, longest)
         return new_width, new_height
 
     def layout(self, height: int, width: int, options: ImageOptions = NO_OPTIONS) -> ImageLayout:
         """Decides between one view and tiles, from the size alone.
 
-        An image is tiled where its rounded area (each side to a multiple of 32) exceeds the
+        An image is tiled if its rounded area (each side to a multiple of 32) exceeds the
         largest view times `max_pixels_tolerance`.
         """
         config = options.apply(self.config)
@@ -198,19 +207,26 @@ class Lfm2VlImageProcessor:
         """
         if width < 1 or height < 1:
             raise ImageError(f"image of {width}x{height} pixels: both sides must be 1 or more")
-        layout = self.layout(height, width, options)
-        tokens = sum(self.view_tokens(layout, options))
-        if options.apply(self.config).use_image_special_tokens:
-            tokens += 2 + marks_of(layout)
-        return tokens
+        plan = self.plan(width, height, options)
+        marks = 2 + marks_of(plan.layout) if plan.use_image_special_tokens else 0
+        return sum(plan.view_tokens) + marks
 
     def _resize(self, image: Image.Image, height: int, width: int) -> np.ndarray[Any, Any]:
+        """Resizes the width, then the height, as torchvision does.
+
+        Pillow by itself begins with the height of tall images, and the rounding in between then
+        moves up to six grey levels. Thin tall images whose widened form would need more than
+        `MOST_PIXELS` are shortened first, and sides over `LONG_SIDE` are averaged down to it
+        before: within one grey level of the other way, on noise by bicubic within ten.
+        """
         import numpy as np
         from PIL import Image
 
-        # one direction at a time, as torchvision does: Pillow by itself begins with the height of
-        # tall images, and the rounding in between then moves up to six grey levels
         resample = Image.Resampling(self.config.resample)
+        if max(image.size) > LONG_SIDE:
+            image = image.reduce((-(-image.width // LONG_SIDE), -(-image.height // LONG_SIDE)))
+        if width * image.height > max(MOST_PIXELS, image.width * image.height, width * height):
+            image = image.resize((image.width, height), resample)
         image = image.resize((width, image.height), resample)
         return np.asarray(image.resize((width, height), resample))
 
@@ -233,15 +249,15 @@ def _is_large(height: int, width: int, config: ImageProcessorConfig) -> bool:
 @lru_cache(maxsize=64)
 def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     # from a set, then sorted by area only: ties keep the set's order, which decides between
-    # equally good grids in the official code, so the same set is built in the same way
-    grids = {
-        (cols, rows)
-        for n in range(min_tiles, max_tiles + 1)
-        for cols in range(1, n + 1)
-        for rows in range(1, n + 1)
-        if min_tiles <= cols * rows <= max_tiles
-    }
-    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+    # equally good grids in the official code, so the same grids enter it in the same order
+    grids: set[tuple[int, int]] = set()
+    for n in range(min_tiles, max_tiles + 1):
+        for cols in range(1, n + 1):
+            # the others entered in an earlier round
+            new = range(1, n + 1) if n in (cols, min_tiles) else (n,)
+            grids.update((cols, rows) for rows in new if min_tiles <= cols * rows <= max_tiles)
+    fitting = (grid for grid in grids if max(grid) <= MAX_GRID_SIDE)
+    return tuple(sorted(fitting, key=lambda grid: grid[0] * grid[1]))
 
 
 def _grid(height: int, width: int, min_tiles: int, max_tiles: int, tile: int) -> tuple[int, int]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import os
+import stat
 import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Union
 
-from ..errors import ImageError
+from ..errors import ImageError, one_line, reason
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,10 +22,19 @@ if TYPE_CHECKING:
 
 RawImage = Union[str, Path, bytes, BinaryIO, "Image.Image", "np.ndarray[Any, Any]"]
 
-# what Pillow and its plugins let through where a file is damaged
-DAMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, RuntimeError, struct.error)
-URL_TIMEOUT = 30.0  # seconds
+# JPEG includes MPO; HEIF comes with pillow-heif, AVIF with some builds of Pillow. Others stay
+# closed: Pillow hands EPS to Ghostscript, and rare readers are the least tested
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "HEIF")
+HEIF_BRANDS = [b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"mif1", b"hevc")]
+MAX_FILE_BYTES = 256 * 2**20  # of an encoded picture
+MAX_SIDE = 2**24  # pixels; Pillow bounds the area, but each row costs memory, too
+# what Pillow and its plugins let through if a file is damaged
+DAMAGE = (
+    *(OSError, SyntaxError, ValueError, TypeError, EOFError, RuntimeError, struct.error),
+    *(LookupError, ArithmeticError, AttributeError, AssertionError, MemoryError, zlib.error),
+)
 ORIENTATION = 0x0112  # EXIF tag
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # orientation -> Pillow's `Transpose`
 
 
 def load_image(image: RawImage) -> Image.Image:
@@ -27,19 +43,13 @@ def load_image(image: RawImage) -> Image.Image:
     Takes a path, an http(s) or data URL, encoded bytes, a binary file object, a Pillow image or
     an array of (height, width), (height, width, 3) or (height, width, 4) uint8. The first frame
     of an animation counts; transparency is dropped and 16-bit grey loses its low byte, as in the
-    official loader.
+    official loader. Paths must lead to regular files of a known format. Pillow's own warnings are
+    turned off.
 
     Raises:
         ImageError: missing, unreachable, damaged, too large, empty, or no image at all.
     """
-    from PIL import Image
-
-    if isinstance(image, Image.Image):
-        return _upright_rgb(image, "image")
-    if hasattr(image, "shape"):
-        return _upright_rgb(_from_array(image), "array")
-    name, picture = _open(image)
-    with picture:
+    with _opened(image) as (name, picture):
         return _upright_rgb(picture, name)
 
 
@@ -49,133 +59,177 @@ def image_size(image: RawImage) -> tuple[int, int]:
     Raises:
         ImageError: as `load_image`, as far as a header shows it.
     """
-    from PIL import Image
-
-    if isinstance(image, Image.Image):
-        return _upright_size(image, "image")
-    if hasattr(image, "shape"):
-        return _upright_size(_from_array(image), "array")
-    name, picture = _open(image)
-    with picture:
-        return _upright_size(picture, name)
+    with _opened(image) as (name, picture), _told(name, "is damaged"):
+        orientation = _orientation(picture)
+        if orientation > 1 and picture.format == "TIFF":
+            picture.load()  # turns it, and forgets the orientation
+            orientation = _orientation(picture)
+        size = picture.width, picture.height
+        return size[::-1] if orientation >= 5 else size
 
 
-def _upright_size(picture: Image.Image, name: str) -> tuple[int, int]:
-    try:
-        turned = picture.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-    except DAMAGE as error:
-        raise ImageError(f"{name} is damaged: {error}") from None
-    return (picture.height, picture.width) if turned else (picture.width, picture.height)
+def read_image_file(path: str | Path) -> bytes:
+    """The bytes of a picture's file, not yet decoded.
+
+    Raises:
+        ImageError: there is none, it is empty or too large, or no regular file.
+    """
+    with _told(one_line(str(path)), "cannot be read"), _open_file(path) as file:
+        return file.read()
 
 
-def _upright_rgb(picture: Image.Image, name: str) -> Image.Image:
-    from PIL import ImageOps
-
-    if picture.width < 1 or picture.height < 1:
-        raise ImageError(f"{name} has {picture.width}x{picture.height} pixels; it is empty")
-    try:
-        if picture.getexif().get(ORIENTATION, 1) != 1:  # the function copies in any case
-            picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I;16"):
-            picture = picture.point(lambda value: value / 256).convert("L")
-        picture.load()
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
-    except DAMAGE as error:
-        raise ImageError(f"{name} is damaged: {error}") from None
-
-
-def _open(image: str | Path | bytes | BinaryIO) -> tuple[str, Image.Image]:
-    """Opens an encoded image, without decoding it; returns its name for messages, too."""
+@contextmanager
+def _told(name: str, what: str) -> Iterator[None]:
+    """Turns whatever a reader of files lets through into one line."""
     from PIL import Image, UnidentifiedImageError
 
-    name, source = _source(image)
     try:
-        return name, _identify(source)
+        yield
+    except ImageError:
+        raise
     except FileNotFoundError:
         raise ImageError(f"{name} does not exist") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is not an image that Pillow can read") from None
+        known = ", ".join(FORMATS)
+        raise ImageError(f"{name} is not an image of a known format ({known})") from None
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} is too large to open: {error}") from None
+        raise ImageError(f"{name} is too large to open: {reason(error)}") from None
     except DAMAGE as error:
-        raise ImageError(f"{name} cannot be read: {error}") from None
+        raise ImageError(f"{name} {what}: {reason(error)}") from None
 
 
-def _identify(source: Any) -> Image.Image:
-    """Opens what Pillow knows, and HEIC where pillow-heif is installed."""
+@contextmanager
+def _opened(image: RawImage) -> Iterator[tuple[str, Image.Image]]:
+    """A picture, not yet decoded, and its name for messages."""
+    from PIL import Image
+
+    _silence()
+    if isinstance(image, Image.Image):
+        yield "image", image
+    elif hasattr(image, "shape"):
+        yield "array", _from_array(image)
+    else:
+        name = _name(image)
+        with _told(name, "cannot be read"), _file(image) as file, _identify(file) as picture:
+            if max(picture.size) > MAX_SIDE:
+                raise ValueError(f"a side has {max(picture.size)} pixels; at most {MAX_SIDE}")
+            yield name, picture
+
+
+def _silence() -> None:
+    """Turns Pillow's warnings off: a picture is good, or it is an error."""
+    # not for a while by `catch_warnings`, which several threads must not do at once
+    module = r"(PIL|pillow_heif)\b"
+    if not any(getattr(entry[3], "pattern", None) == module for entry in warnings.filters):
+        warnings.filterwarnings("ignore", module=module)
+
+
+def _orientation(picture: Image.Image) -> int:
+    try:
+        orientation = picture.getexif().get(ORIENTATION, 1)
+        return orientation if orientation in TURNS else 1
+    except DAMAGE:  # junk beside a good picture
+        return 1
+
+
+def _upright_rgb(picture: Image.Image, name: str) -> Image.Image:
+    import numpy as np
+    from PIL import Image
+
+    if picture.width < 1 or picture.height < 1:
+        raise ImageError(f"{name} has {picture.width}x{picture.height} pixels; it is empty")
+    with _told(name, "is damaged"):
+        picture.load()
+        orientation = _orientation(picture)
+        if orientation > 1:
+            picture = picture.transpose(Image.Transpose(TURNS[orientation]))
+            picture.info.clear()  # the orientation with it
+        if picture.mode.startswith("I;16"):
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _identify(source: BinaryIO) -> Image.Image:
+    """Opens the known formats, and HEIC if pillow-heif is installed."""
     from PIL import Image, UnidentifiedImageError
 
+    def read() -> Image.Image:
+        return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
+
+    Image.preinit()
     try:
-        return Image.open(source)
+        return read()
     except UnidentifiedImageError:
-        if not _is_heif(source):
-            raise
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        raise ValueError('HEIC needs pillow-heif: pip install "mlx-lfm2vl[heic]"') from None
-    register_heif_opener()
-    return Image.open(source)
+        Image.init()  # imports the rarer formats
+    source.seek(0)
+    if source.read(12)[4:] in HEIF_BRANDS:
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            raise ValueError('HEIC needs pillow-heif: pip install "mlx-lfm2vl[heic]"') from None
+        register_heif_opener()
+    return read()
 
 
-def _is_heif(source: Any) -> bool:
-    """Looks at the brand in the first bytes; a file object is rewound."""
-    if isinstance(source, Path):
-        with source.open("rb") as file:
-            start = file.read(12)
-    else:
-        source.seek(0)
-        start = source.read(12)
-        source.seek(0)
-    return start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"heim", b"mif1", b"hevc")
-
-
-def _source(image: str | Path | bytes | BinaryIO) -> tuple[str, Any]:
-    import io
-
-    if isinstance(image, (bytes, bytearray)):
-        if len(image) == 0:
-            raise ImageError("image has 0 bytes; it is empty")
-        return "image", io.BytesIO(image)
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
-        return image, io.BytesIO(_download(image))
-    if isinstance(image, str) and image.startswith("data:"):
-        return "data URL", io.BytesIO(_decode_data_url(image))
+def _name(image: Any) -> str:
     if isinstance(image, (str, Path)):
-        path = Path(image).expanduser()
-        if path.is_file() and path.stat().st_size == 0:
-            raise ImageError(f"{path} has 0 bytes; it is empty")
-        return str(path), path
-    if hasattr(image, "read"):
-        return getattr(image, "name", "image"), image
-    raise ImageError(
-        f"image of type {type(image).__name__} cannot be read; "
-        "pass a path, URL, bytes, Pillow image or array"
-    )
+        text = str(image)
+        return "data URL" if text[:5].lower() == "data:" else one_line(text)
+    return one_line(str(getattr(image, "name", "image")))
 
 
-def _download(url: str) -> bytes:
-    import urllib.error
-    import urllib.request
+def _file(image: Any) -> BinaryIO:
+    """An encoded image as a file; what lies in memory is bounded like a file."""
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        data = image
+    elif isinstance(image, str) and image.lower().startswith(("http://", "https://")):
+        from .url_reader import read_url
 
-    request = urllib.request.Request(url, headers={"User-Agent": "mlx-lfm2vl"})
-    try:
-        with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as response:
-            return bytes(response.read())
-    except (OSError, ValueError) as error:  # URLError, HTTPError and timeouts are OSErrors
-        raise ImageError(f"{url} cannot be fetched: {error}") from None
+        data = read_url(image)
+    elif isinstance(image, str) and image[:5].lower() == "data:":
+        data = _decode_data_url(image)
+    elif isinstance(image, (str, Path)):
+        return _open_file(image)
+    elif hasattr(image, "read"):
+        if hasattr(image, "seekable") and image.seekable():
+            image.seek(0)
+        data = image.read(MAX_FILE_BYTES + 1)
+    else:
+        raise ImageError(
+            f"image of type {type(image).__name__} cannot be read; "
+            "pass a path, URL, bytes, Pillow image or array"
+        )
+    _check_length(len(data))
+    return io.BytesIO(data)
+
+
+def _open_file(path: str | Path) -> BinaryIO:
+    # not `Path.expanduser`, which fails if ~ begins a name that is no user's
+    place = os.path.expanduser(path)
+    status = os.stat(place)  # before opening: a pipe would block, a device may never end
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        raise ValueError(f"it is {kind}; it must be a regular file")
+    _check_length(status.st_size)
+    return open(place, "rb")
+
+
+def _check_length(length: int) -> None:
+    if length == 0:
+        raise ValueError("it is empty: it has 0 bytes")
+    if length > MAX_FILE_BYTES:
+        raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
 
 
 def _decode_data_url(url: str) -> bytes:
     import base64
-    import binascii
 
     header, comma, data = url.partition(",")
     if not comma or not header.endswith(";base64"):
         raise ImageError("data URL must look like data:image/png;base64,…")
     try:
         return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise ImageError(f"data URL is not valid base64: {error}") from None
 
 

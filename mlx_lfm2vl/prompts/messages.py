@@ -12,6 +12,18 @@ Message = Mapping[str, Any]
 Conversation = str | Sequence[Message]
 
 
+def is_image(item: Any) -> bool:
+    """Whether an item of a message's content is the place of an image."""
+    return isinstance(item, Mapping) and item.get("type") in ("image", "image_url")
+
+
+def image_of(item: Mapping[str, Any]) -> Any:
+    """The image that an item names, under any of its keys; None if it is one that comes beside."""
+    names = ("image", "url", "path", "image_url")
+    image = next((item[name] for name in names if item.get(name) is not None), None)
+    return image.get("url") if isinstance(image, Mapping) else image  # {"image_url": {"url": …}}
+
+
 def _image_list(images: ImageInput | Sequence[ImageInput] | None) -> list[ImageInput]:
     if images is None:
         return []
@@ -21,19 +33,17 @@ def _image_list(images: ImageInput | Sequence[ImageInput] | None) -> list[ImageI
 def _without_images(message: Message, later: Iterable[ImageInput], found: list[Any]) -> Message:
     if not isinstance(message, Mapping) or "role" not in message:
         raise PromptError(
-            f"message {message!r} has no role; it must be a dict with role and content"
+            f"message {message!r:.200} has no role; it must be a dict with role and content"
         )
     content = message.get("content")
     if not isinstance(content, (list, tuple)):
         return message
     items = []
     for item in content:
-        if not isinstance(item, Mapping) or item.get("type") not in ("image", "image_url"):
+        if not is_image(item):
             items.append(item)
             continue
-        image = next((item[k] for k in ("image", "url", "path", "image_url") if k in item), None)
-        if isinstance(image, Mapping):  # {"image_url": {"url": …}}
-            image = image.get("url")
+        image = image_of(item)
         if image is None:
             image = next(iter(later), None)
         if image is None:

@@ -33,9 +33,10 @@ class AnswerSettings(TypedDict, total=False):
     Attributes:
         max_tokens: how many tokens at most.
         sampling: changes of the checkpoint's recommended sampling.
-        temperature, top_p, top_k, min_p, repetition_penalty, repetition_context_size: the fields of
-            `Sampling`, one by one; they win over `sampling`.
-        seed: makes sampling repeatable, whatever else is going on.
+        temperature, top_p, top_k, min_p, repetition_penalty, repetition_context_size,
+            presence_penalty, frequency_penalty, xtc_probability, xtc_threshold, logit_bias: the
+            fields of `Sampling`, one by one; they win over `sampling`.
+        seed: makes sampling repeatable, whatever else happens.
         stop: a text or several that end the answer; they are not part of it.
         logits_processors: functions of (tokens so far, logits) that return logits, as mlx-lm's.
         schema: the answer is JSON of this schema: a dict, JSON text, the path of a file, a
@@ -58,6 +59,11 @@ class AnswerSettings(TypedDict, total=False):
     min_p: float | None
     repetition_penalty: float | None
     repetition_context_size: int | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    xtc_probability: float | None
+    xtc_threshold: float | None
+    logit_bias: Mapping[int, float] | None
     seed: int | None
     stop: str | Sequence[str]
     logits_processors: Sequence[Callable[[mx.array, mx.array], mx.array]]

@@ -25,13 +25,24 @@ CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 ASSISTANT_START, ASSISTANT_END = "\U0001fffe", "\U0001ffff"
 
 
-def _render(template: jinja2.Template, context: Mapping[str, Any]) -> str:
-    from jinja2 import TemplateError
+def render_template(template: jinja2.Template, context: Mapping[str, Any]) -> str:
+    """What a template writes; a PromptError if it refuses, fails, or does not come to an end."""
+    from .sandbox import MOST_CHARACTERS
 
+    parts, size = [], 0
+    template.environment.begin()  # type: ignore[attr-defined]
     try:
-        return template.render(**context)
-    except (TemplateError, TypeError) as error:
-        raise PromptError(f"the chat template refuses this conversation: {error}") from None
+        for part in template.generate(**context):
+            parts.append(part)
+            size += len(part)
+            if size > MOST_CHARACTERS:
+                raise PromptError(f"the chat template writes more than {MOST_CHARACTERS} letters")
+    except PromptError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a template may raise anything
+        reason = str(error) or type(error).__name__
+        raise PromptError(f"the chat template refuses this conversation: {reason:.300}") from None
+    return "".join(parts)
 
 
 def _has_generation_marks(template: str | None) -> bool:
@@ -39,60 +50,48 @@ def _has_generation_marks(template: str | None) -> bool:
 
 
 class TextGuard:
-    """Breaks the names of special tokens inside untrusted text, so that they stay text.
+    """Keeps untrusted text from becoming control tokens, whatever a template joins it with.
 
-    A noncharacter that occurs nowhere in the conversation goes inside each name, survives the
-    template, and is taken out again before encoding.
+    A mark goes behind each character with which the name of a special token begins, so that no
+    name can come together. It is a character that occurs nowhere in the conversation, survives the
+    template, and is taken out again before encoding. In trusted text only `<image>` is broken.
     """
 
     def __init__(
         self,
         image_token: str,
-        special: re.Pattern[str],
+        special_tokens: Iterable[str],
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None,
     ) -> None:
-        everything = "".join(_strings(messages)) + "".join(_strings(tools))
-        candidates = chain(range(0xFDD0, 0xFDF0), range(0xE000, 0xF900), range(0xF0000, 0x10FFFE))
-        self.mark = next(chr(c) for c in candidates if chr(c) not in everything)
-        self._image = re.compile(re.escape(image_token))
-        self._special = special
-        self.tools = None if tools is None else [self._break(tool, self._image) for tool in tools]
-        self.messages = [self._guard_message(message) for message in messages]
+        try:
+            everything = "".join(chain(_strings(messages), _strings(tools)))
+        except RecursionError:
+            raise PromptError("messages or tools are nested too deeply") from None
+        candidates = chain(range(0xFDD0, 0xFDF0), range(0xE000, 0xF900))
+        unused = (c for c in candidates if chr(c) not in everything and _json(c) not in everything)
+        mark = next(unused, None)
+        if mark is None:
+            raise PromptError("the conversation holds all characters that could mark its text")
+        self._mark, self._escaped = chr(mark), _json(mark)
+        starts = "".join(sorted({re.escape(name[0]) for name in special_tokens}))
+        self._any = re.compile(f"[{starts}]")
+        # a name may be spread over several texts: one then ends with its first character
+        first, second = re.escape(image_token[0]), re.escape(image_token[1:2])
+        self._image = re.compile(rf"{first}(?={second}|\s*\Z)")
+        self.tools = None if tools is None else [self._break(tool, self._any) for tool in tools]
+        self.messages = [
+            self._break(m, self._image if m.get("role") in TRUSTED_ROLES else self._any)
+            for m in messages
+        ]
 
     def restore(self, text: str) -> str:
-        """Takes the marks out again."""
-        return text.replace(self.mark, "")
-
-    def _guard_message(self, message: Message) -> dict[str, Any]:
-        trusted = message.get("role") in TRUSTED_ROLES
-        pattern = self._image if trusted else self._special
-        guarded = {key: self._break(value, pattern) for key, value in message.items()}
-        guarded["role"] = message.get("role")
-        content = guarded.get("content")
-        if isinstance(content, list):
-            self._break_across(content, pattern)
-        return guarded
-
-    def _break_across(self, items: list[Any], pattern: re.Pattern[str]) -> None:
-        # two texts must not join into a name, either
-        texts = [_text_of(item) for item in items]
-        joined = "".join(texts)
-        cuts = [match.start() + 1 for match in pattern.finditer(joined)]
-        start = 0
-        for place, text in enumerate(texts):
-            inside = [cut - start for cut in cuts if start < cut <= start + len(text)]
-            start += len(text)
-            for cut in reversed(inside):
-                text = text[:cut] + self.mark + text[cut:]
-            if inside:
-                items[place] = (
-                    text if isinstance(items[place], str) else {**items[place], "text": text}
-                )
+        """Takes the marks out again, also as JSON in ASCII shows them."""
+        return text.replace(self._mark, "").replace(self._escaped, "")
 
     def _break(self, value: Any, pattern: re.Pattern[str]) -> Any:
         if isinstance(value, str):
-            return pattern.sub(lambda match: match[0][0] + self.mark + match[0][1:], value)
+            return pattern.sub(lambda match: match[0] + self._mark, value)
         if isinstance(value, Mapping):
             return {
                 self._break(key, pattern): self._break(item, pattern) for key, item in value.items()
@@ -102,10 +101,8 @@ class TextGuard:
         return value
 
 
-def _text_of(item: Any) -> str:
-    if isinstance(item, Mapping):
-        item = item.get("text")
-    return item if isinstance(item, str) else ""
+def _json(code: int) -> str:
+    return f"\\u{code:04x}"
 
 
 def _strings(value: Any) -> Iterable[str]:
@@ -158,8 +155,14 @@ def compile_template(source: str, mark_generation: bool = False) -> jinja2.Templ
     `mark_generation` puts `ASSISTANT_START` and `ASSISTANT_END` around generation blocks.
     """
     import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.ext import Extension
+
+    from .sandbox import MOST_SOURCE, BoundedEnvironment
+
+    if len(source) > MOST_SOURCE:
+        raise ConfigError(
+            f"chat_template.jinja has {len(source)} characters; at most {MOST_SOURCE} are compiled"
+        )
 
     class GenerationMarks(Extension):
         """`{% generation %}` … `{% endgeneration %}` shows what is inside."""
@@ -173,15 +176,14 @@ def compile_template(source: str, mark_generation: bool = False) -> jinja2.Templ
                 body = [_text_node(ASSISTANT_START), *body, _text_node(ASSISTANT_END)]
             return jinja2.nodes.Scope(body).set_lineno(line)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationMarks, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
+    environment = BoundedEnvironment([GenerationMarks])
+    environment.filters["tojson"] = environment.bounded(_to_json)
     environment.globals["raise_exception"] = _raise_exception
     try:
         return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise ConfigError(f"chat_template.jinja is not a template: {error}") from None
+    except Exception as error:  # noqa: BLE001 - jinja2 lets Python's own errors through, too
+        reason = str(error) or type(error).__name__
+        raise ConfigError(f"chat_template.jinja is not a template: {reason:.300}") from None
 
 
 def _text_node(text: str) -> jinja2.nodes.Output:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ModelNotFoundError, PromptError
-from ..files import read_json
+from ..files import read_json, read_text, regular_file
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -28,14 +28,14 @@ from .template import (
     TextGuard,
     _cut_at_tag,
     _has_generation_marks,
-    _render,
     _strings,
     _tag_final_message,
     _with_reasoning,
     compile_template,
+    render_template,
 )
 
-# Names of the special tokens where tokenizer_config.json does not state them
+# Names of the special tokens if tokenizer_config.json does not give them
 TOKEN_NAMES = {
     "bos_token": "<|startoftext|>",
     "eos_token": "<|im_end|>",
@@ -89,23 +89,25 @@ class Lfm2Tokenizer:
         from tokenizers import Tokenizer
 
         path = folder / "tokenizer.json"
-        if not path.exists():
-            raise ModelNotFoundError(f"{path} does not exist; a model folder needs tokenizer.json")
         try:
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = Tokenizer.from_file(str(regular_file(path)))
+        except (ConfigError, ModelNotFoundError):
+            raise
         except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower
             raise ConfigError(f"{path} is not a tokenizer: {error}") from None
         settings: dict[str, Any] = {}
         if (folder / "tokenizer_config.json").exists():
             settings = read_json(folder / "tokenizer_config.json")
         template_path = folder / "chat_template.jinja"
-        template = settings.get("chat_template")
+        template = _template_of(settings.get("chat_template"), folder)
         if template_path.exists():
-            template = template_path.read_text(encoding="utf-8")
+            template = read_text(template_path)
+        tokenizer.no_truncation()  # what training has left in the file
+        tokenizer.no_padding()
         return cls(tokenizer, _token_names(settings), template)
 
     def token_id(self, token: str) -> int:
-        """The id of a special token; a ConfigError where the tokenizer has none."""
+        """The id of a special token; a ConfigError if the tokenizer has none."""
         if token not in self.special_tokens:
             raise ConfigError(f"tokenizer.json has no special token {token}")
         return self.special_tokens[token]
@@ -175,7 +177,7 @@ class Lfm2Tokenizer:
         context = self._context(
             messages, tools, add_generation_prompt, continue_final_message, variables, now
         )
-        rendered = _render(self._template, context)
+        rendered = render_template(self._template, context)
         return _cut_at_tag(rendered) if continue_final_message else rendered
 
     def _context(
@@ -201,7 +203,7 @@ class Lfm2Tokenizer:
                     "continue_final_message and add_generation_prompt exclude each other"
                 )
             messages = _tag_final_message(messages)
-        from datetime import datetime  # where nobody is asked anything, a needless import
+        from datetime import datetime  # a needless import if nobody is asked anything
 
         names = {name: token for name, token in self.names.items() if name.endswith("_token")}
         return {
@@ -228,7 +230,7 @@ class Lfm2Tokenizer:
         As encoding `render`'s string, but names of special tokens inside the text of users and
         tools are plain characters, and so is `<image>` inside any text.
         """
-        guard = TextGuard(self.image_token, self._special_pattern, messages, tools)
+        guard = TextGuard(self.image_token, self.special_tokens, messages, tools)
         rendered = self.render(
             guard.messages,
             guard.tools,
@@ -259,9 +261,9 @@ class Lfm2Tokenizer:
         marks = (ASSISTANT_START, ASSISTANT_END)
         if any(mark in text for text in (*_strings(messages), *_strings(tools)) for mark in marks):
             raise PromptError("a text holds U+1FFFE or U+1FFFF, which are no characters")
-        guard = TextGuard(self.image_token, self._special_pattern, messages, tools)
+        guard = TextGuard(self.image_token, self.special_tokens, messages, tools)
         context = self._context(guard.messages, guard.tools, False, False, variables, now)
-        rendered = _render(self._marked_template, context)
+        rendered = render_template(self._marked_template, context)
         if not _has_generation_marks(self.chat_template):
             turn = rf"(<\|im_start\|>assistant\n)(.*?{re.escape(self.eos_token)})"
             marked = rf"\1{ASSISTANT_START}\2{ASSISTANT_END}"
@@ -305,12 +307,26 @@ class Lfm2Tokenizer:
         return compile_template(self.chat_template, mark_generation=True)
 
 
+def _template_of(value: Any, folder: Path) -> str | None:
+    """The chat template in tokenizer_config.json: a text, or one of several by name."""
+    if isinstance(value, list):  # as transformers before 4.43 wrote them
+        named = {
+            entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)
+        }
+        value = named.get("default")
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"{folder / 'tokenizer_config.json'}: chat_template is no text")
+    return value
+
+
 def _token_names(settings: Mapping[str, Any]) -> dict[str, str]:
     names = {}
     for name, default in TOKEN_NAMES.items():
         token = settings.get(name)
         if isinstance(token, Mapping):  # an AddedToken written out
             token = token.get("content")
+        if token is not None and not isinstance(token, str):
+            raise ConfigError(f"tokenizer_config.json: {name} is {token!r:.100}; it must be a text")
         names[name] = token if token is not None else default
     return names
 

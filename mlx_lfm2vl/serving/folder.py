@@ -23,8 +23,10 @@ from ..errors import ImageError, OutputError
 from ..options import ImageOptions, Sampling
 
 if TYPE_CHECKING:
+    from ..generation.batch import BatchResult
     from ..prompts.constraint import Constraint
     from ..prompts.processor import Lfm2VlProcessor, Prompt
+    from ..prompts.question import Question
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic")
 THREADS = 4
@@ -66,6 +68,19 @@ class Task:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         content = [{"type": "image"}, {"type": "text", "text": self.prompt}]
         return [*system, {"role": "user", "content": content}]
+
+    def question(self, prompt: Prompt) -> Question:
+        """One image's prompt with all that the task says of the answer."""
+        from ..prompts.question import Question
+
+        return Question(
+            prompt,
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+            stop=self.stop,
+            sampling=self.sampling,
+            constraint=self.constraint,
+        )
 
 
 @dataclass
@@ -247,7 +262,6 @@ def answer_all(
     """
     from ..checkpoints.loading import load
     from ..generation.batch import stream_batch, suggested_batch_size
-    from ..prompts.question import Question
 
     done, end = read_keys(lines.path, task.settings)
     lines.cut(end)
@@ -256,26 +270,19 @@ def answer_all(
     )
     task.image_options.apply(processor.image_processor.config)  # wrong ones are told at once
     batch_size = batch_size if batch_size is not None else suggested_batch_size(model)
-    counts, asked, form = Counts(), list[Prepared](), task.constraint
+    counts, asked = Counts(), list[Prepared]()
 
     def write(image: Prepared, answer: dict[str, Any]) -> None:
         about = {"image": image.path, "digest": image.digest}
         lines.add({**about, **answer, "settings": task.settings})
         progress(False)
 
-    def questions() -> Iterator[Question]:
+    def prompts() -> Iterator[Prompt]:
         for image in look_ahead(task, processor, images, done, max(LOOK_AHEAD, batch_size)):
             check()
             if image.prompt is not None:
                 asked.append(image)
-                yield Question(
-                    image.prompt,
-                    max_tokens=task.max_tokens,
-                    seed=task.seed,
-                    stop=task.stop,
-                    sampling=task.sampling,
-                    constraint=task.constraint,
-                )
+                yield image.prompt
             elif image.error is not None:
                 counts.unreadable += 1
                 write(image, {"error": image.error})
@@ -283,27 +290,29 @@ def answer_all(
                 counts.known += 1
                 progress(True)
 
-    for result in stream_batch(model, processor, questions(), batch_size=batch_size):
+    questions = (task.question(prompt) for prompt in prompts())
+    for result in stream_batch(model, processor, questions, batch_size=batch_size):
         counts.answered += 1
         image, asked[result.index] = asked[result.index], Prepared("", None)
-        write(
-            image,
-            {
-                "text": result.text,
-                "finish_reason": result.finish_reason,
-                **({} if form is None else form.result(result.text, result.closed)),
-                "prompt_tokens": result.prompt_tokens,
-                "image_tokens": sum(result.image_tokens),
-                "generation_tokens": len(result.tokens),
-            },
-        )
+        write(image, _entry(result, task.constraint))
         check()
     return counts
 
 
+def _entry(result: BatchResult, constraint: Constraint | None) -> dict[str, Any]:
+    return {
+        "text": result.text,
+        "finish_reason": result.finish_reason,
+        **({} if constraint is None else constraint.result(result.text, result.closed)),
+        "prompt_tokens": result.prompt_tokens,
+        "image_tokens": sum(result.image_tokens),
+        "generation_tokens": len(result.tokens),
+    }
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """One image, ready for the model; neither prompt nor error where it is done already."""
+    """One image, ready for the model; neither prompt nor error if it is done already."""
 
     path: str
     digest: str | None
@@ -334,13 +343,12 @@ def look_ahead(
 
 def prepare(path: str, task: Task, processor: Lfm2VlProcessor, done: set[Key]) -> Prepared:
     """Reads an image and makes its prompt, without MLX."""
-    from ..prompts.image_source import load_image
+    from ..prompts.image_source import load_image, read_image_file
 
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        message = f"{path} cannot be read: {error.strerror}"
-        return Prepared(path, None, error=None if (path, None) in done else message)
+        data = read_image_file(path)
+    except ImageError as error:
+        return Prepared(path, None, error=None if (path, None) in done else str(error))
     digest = hashlib.sha256(data).hexdigest()
     if (path, digest) in done:
         return Prepared(path, digest)

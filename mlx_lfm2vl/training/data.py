@@ -7,8 +7,9 @@ One line is one sample, `{"messages": […], "images": […], "tools": […]}` w
 from __future__ import annotations
 
 import json
+import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +19,15 @@ from zlib import crc32
 from ..errors import DataError, Lfm2VlError
 from ..options import ImageOptions
 from ..prompts.image_processor import NO_OPTIONS, ImageInput, Lfm2VlImageProcessor
+from ..prompts.messages import image_of, is_image
 from ..prompts.processor import Lfm2VlProcessor
 
 if TYPE_CHECKING:
     import numpy as np
 
+
+# Gives the items on: (items, what one is called, how many are done, how many there are)
+Progress = Callable[[Iterable[Any], str, int, int], Iterable[Any]]
 
 # Names of the splits inside a dataset folder: mlx-lm's, then those of the Hugging Face Hub
 SPLIT_FILES = {
@@ -30,6 +35,8 @@ SPLIT_FILES = {
     "validation": ("valid.jsonl", "validation.jsonl"),
 }
 PAD_MULTIPLE = 8  # rows of a batch end at a multiple, so that few shapes occur
+# what a line or a picture may raise: bad names and endless nesting are found at various depths
+UNUSABLE = (Lfm2VlError, OSError, ValueError, RecursionError)
 NEIGHBOURS = 32  # batches among which samples are sorted by length
 
 
@@ -98,16 +105,24 @@ class Batch:
     skipped: tuple[tuple[int, str], ...] = ()
 
 
+def user_path(path: str | Path) -> Path:
+    """A path as a user writes it; `~` is the home folder, or part of a name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(path)
+
+
 def find_split(data: str | Path, split: str) -> Path | None:
     """The file of a split: `data` itself for training, or the file inside a dataset folder."""
-    path = Path(data).expanduser()
-    if path.is_dir():
+    path = user_path(data)
+    if os.path.isdir(path):
         names = SPLIT_FILES[split]
         found = [path / name for name in names if (path / name).exists()]
         if not found and split == "train":
             raise DataError(f"{path} has none of {', '.join(names)}")
         return found[0] if found else None
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"{path} does not exist; pass a file of JSON lines or its folder")
     return path if split == "train" else None
 
@@ -119,32 +134,32 @@ def read_dataset(
     max_length: int,
     skip_bad: bool = False,
     image_options: ImageOptions = NO_OPTIONS,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Dataset:
     """Reads and checks every line; pixels stay on the disk.
 
     Args:
         max_length: most tokens of a sample, image tokens included.
         skip_bad: leave bad lines out instead of refusing the file.
-        progress: called with the number of lines so far.
+        progress: given the lines, their unit, 0 and their number; returns the lines.
 
     Raises:
         DataError: the first bad line and its reason, or nothing usable at all.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     samples: list[Sample] = []
     skipped: list[tuple[int, str]] = []
-    for number, line in enumerate(read_lines(path), 1):
+    found = read_lines(path)
+    lines = found if progress is None else progress(found, "line", 0, len(found))
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             samples.append(read_sample(line, number, path.parent, processor, image_options))
             if len(samples[-1]) > max_length:
                 raise DataError(f"{len(samples.pop())} tokens; --max-length is {max_length}")
-        except Lfm2VlError as error:
+        except UNUSABLE as error:
             skipped.append((number, str(error)))
-        if progress is not None:
-            progress(number)
     if skipped and not skip_bad:
         number, reason = skipped[0]
         more = f", and {len(skipped) - 1} more bad lines" if len(skipped) > 1 else ""
@@ -154,18 +169,18 @@ def read_dataset(
     return Dataset(path, tuple(samples), tuple(skipped))
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[bytes]:
     """The lines of a file; only a line feed ends one, texts may hold other separators."""
     try:
-        return path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        return path.read_bytes().rstrip(b"\n").split(b"\n")
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
 
 
 def read_sample(
-    line: str, number: int, folder: Path, processor: Lfm2VlProcessor, image_options: ImageOptions
+    line: bytes, number: int, folder: Path, processor: Lfm2VlProcessor, image_options: ImageOptions
 ) -> Sample:
-    """One line to a sample; a Lfm2VlError gives the reason where it cannot be used."""
+    """One line to a sample; a Lfm2VlError gives the reason if it cannot be used."""
     import numpy as np
 
     messages, tools = read_conversation(line, folder)
@@ -178,26 +193,27 @@ def read_sample(
     return Sample(number, ids, mask, transcript.images, patches)
 
 
-def read_conversation(line: str, folder: Path) -> tuple[list[Any], Any]:
+def read_conversation(line: bytes, folder: Path) -> tuple[list[Any], Any]:
     """Messages, their image paths seen from the data file, and tools of a line."""
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
+        entry = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"cannot be read: {error}") from None
+    except ValueError as error:  # numbers of thousands of digits, too
         raise DataError(f"no JSON: {error}") from None
     if not isinstance(entry, Mapping) or not isinstance(entry.get("messages"), list):
         raise DataError('a sample is an object with "messages", a list')
-    images = entry.get("images") or []
+    images, tools = entry.get("images") or [], entry.get("tools") or []
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise DataError('"images" must be a list of paths')
-    tools = entry.get("tools")
-    if tools and not (isinstance(tools, list) and all(isinstance(t, Mapping) for t in tools)):
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise DataError('"tools" must be a list of JSON schemas')
     waiting = iter(images)
     messages = [_with_paths(message, folder, waiting) for message in entry["messages"]]
     unused = sum(1 for _ in waiting)
     if unused:
         raise DataError(f'"images" has {unused} more than the messages have places')
-    return messages, tools
+    return messages, tools or None
 
 
 def _with_paths(message: Any, folder: Path, waiting: Iterator[str]) -> Any:
@@ -206,11 +222,8 @@ def _with_paths(message: Any, folder: Path, waiting: Iterator[str]) -> Any:
         return message
     items = []
     for item in message["content"]:
-        if isinstance(item, Mapping) and item.get("type") in ("image", "image_url"):
-            names = ("image", "url", "path", "image_url")
-            image = next((item[name] for name in names if item.get(name) is not None), None)
-            if isinstance(image, Mapping):  # {"image_url": {"url": …}}
-                image = image.get("url")
+        if is_image(item):
+            image = image_of(item)
             image = image if image is not None else next(waiting, None)
             if image is None:
                 raise DataError("the messages have more image places than images")
@@ -231,7 +244,7 @@ def text_of(message: Mapping[str, Any]) -> str:
 def _located(image: str, folder: Path) -> str:
     if image.startswith(("http://", "https://", "data:")):
         return image
-    return str(folder / Path(image).expanduser())
+    return str(folder / user_path(image))
 
 
 def batch_order(
@@ -239,7 +252,7 @@ def batch_order(
 ) -> list[list[int]]:
     """Which samples come together in an epoch, in random order, of about one length each.
 
-    Follows from the arguments alone, so that a resumed run goes on with the same batches. What
+    Follows from the arguments alone, so that a resumed run continues with the same batches. What
     does not fill a batch waits for another epoch, unless it is all there is.
     """
     rng = random.Random(f"{seed} {epoch}")
@@ -264,46 +277,39 @@ def collate(
 ) -> Batch:
     """Reads the images of samples and lays the samples side by side.
 
-    Where no sample is left, the batch is a row of padding that adds nothing to a step.
+    If no sample is left, the batch is a row of padding that adds nothing to a step.
 
     Raises:
         DataError: an image cannot be read, with the line of its sample, and none may be skipped.
     """
     import numpy as np
 
-    pictures, skipped = [], []
+    rows, skipped = [], []
     for sample in samples:
         try:
-            images = [image_processor(image, image_options) for image in sample.images]
-            pictures.append((sample, images))
-        except Lfm2VlError as error:
+            rows.append((sample, [image_processor(i, image_options) for i in sample.images]))
+        except UNUSABLE as error:
             skipped.append((sample.line, str(error)))
     if skipped and not skip_bad:
         raise DataError(f"line {skipped[0][0]}: {skipped[0][1]}")
     # rows with views of one shape beside each other: the vision tower takes them together
-    pictures.sort(key=lambda pair: [image.spatial_shapes for image in pair[1]])
-    length = max((len(sample) for sample, _ in pictures), default=1)
+    rows.sort(key=lambda row: [image.spatial_shapes for image in row[1]])
+    length = max((len(sample) for sample, _ in rows), default=1)
     length = -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
-    token_ids = np.zeros((max(1, len(pictures)), length), dtype=np.int32)
-    positions = [np.zeros(0, np.int64)]
-    targets = [np.zeros(0, np.int32)]
-    pixels = []
-    shapes: list[tuple[int, int]] = []
-    for row, (sample, images) in enumerate(pictures):
+    token_ids = np.zeros((max(1, len(rows)), length), dtype=np.int32)
+    counts = np.zeros(token_ids.shape, dtype=np.bool_)  # whether the next token does
+    for row, (sample, _) in enumerate(rows):
         token_ids[row, : len(sample)] = sample.token_ids
-        counted = np.flatnonzero(sample.assistant_mask[1:])
-        positions.append(counted + row * length)
-        targets.append(sample.token_ids[counted + 1])
-        for image in images:
-            pixels.append(image.pixel_values)
-            shapes += image.spatial_shapes
+        counts[row, : len(sample) - 1] = sample.assistant_mask[1:]
+    positions = np.flatnonzero(counts).astype(np.int32)
+    images = [image for _, images in rows for image in images]
     return Batch(
         token_ids,
-        np.concatenate(positions).astype(np.int32),
-        np.concatenate(targets),
-        np.concatenate(pixels) if pixels else None,
-        tuple(shapes),
-        sum(len(sample) for sample, _ in pictures),
+        positions,
+        token_ids.reshape(-1)[positions + 1],
+        np.concatenate([image.pixel_values for image in images]) if images else None,
+        tuple(shape for image in images for shape in image.spatial_shapes),
+        sum(len(sample) for sample, _ in rows),
         tuple(skipped),
     )
 

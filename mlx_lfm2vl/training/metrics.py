@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import os
+import runpy
 from collections.abc import Callable
+from typing import cast
 
 import mlx.core as mx
 
-from ..errors import DataError, ImageError, PromptError
+from ..errors import DataError, ImageError, PromptError, TrainError
 from ..generation.generate import generate
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..prompts.processor import Lfm2VlProcessor
-from .data import (
-    Dataset,
-    collate,
-    read_conversation,
-    read_lines,
-    text_of,
-)
-from .trainer import TrainingOptions, _number, loss_sum
+from .data import Dataset, collate, read_conversation, read_lines, text_of, user_path
+from .options import TrainingOptions
+from .trainer import loss_sum
 
 ANSWER = 256  # most tokens of an answer that a metric looks at
+Metric = Callable[[str, str], float]
 
 
 def validation_loss(
@@ -40,19 +40,40 @@ def validation_loss(
         counted += len(batch.targets)
         mx.eval(total)
     both = mx.distributed.all_sum(mx.stack([total, mx.array(float(counted))]))
-    return _number(both[0] / both[1])
+    return cast("float", (both[0] / both[1]).item())
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 where the texts are equal, but for white space around them."""
+    """1 if the texts are equal, but for white space around them."""
     return float(answer.strip() == reference.strip())
+
+
+def load_metric(name: str) -> Metric:
+    """`exact_match`, or the function that FILE.py:FUNCTION names.
+
+    Raises:
+        TrainError: there is no such file or function, or the file cannot be run.
+    """
+    if name == "exact_match":
+        return exact_match
+    file, _, function = name.rpartition(":")
+    path = user_path(file)
+    if path.suffix != ".py" or not os.path.isfile(path):
+        raise TrainError(f"--metric {name}: pass exact_match or FILE.py:FUNCTION")
+    try:
+        found = runpy.run_path(str(path)).get(function)
+    except (Exception, SystemExit) as error:  # a user's code may raise anything
+        raise TrainError(f"--metric {name}: {path} fails: {_told(error)}") from error
+    if not callable(found):
+        raise TrainError(f"--metric {name}: {file} has no function {function}")
+    return cast("Metric", found)
 
 
 def answer_metric(
     model: Lfm2VlForConditionalGeneration,
     processor: Lfm2VlProcessor,
     dataset: Dataset,
-    metric: Callable[[str, str], float],
+    metric: Metric,
     limit: int,
     options: TrainingOptions,
     skip_bad: bool = False,
@@ -63,10 +84,15 @@ def answer_metric(
         metric: a function of (answer, reference).
         limit: at most so many samples, the first ones.
         skip_bad: leave samples out whose images cannot be read.
+
+    Raises:
+        DataError: an image cannot be read.
+        TrainError: the metric fails, or returns no number.
     """
     lines = read_lines(dataset.path)
     values = []
     for sample in dataset.samples[:limit]:
+        place = f"{dataset.path} line {sample.line}"
         messages, tools = read_conversation(lines[sample.line - 1], dataset.path.parent)
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         try:
@@ -74,8 +100,24 @@ def answer_metric(
         except (ImageError, PromptError) as error:  # or nothing stands before the answer
             if skip_bad:
                 continue
-            raise DataError(f"{dataset.path} line {sample.line}: {error}") from None
-        room = max(1, options.max_length - len(prompt.token_ids))
-        text = generate(model, processor, prompt, max_tokens=min(room, ANSWER), temperature=0.0)
-        values.append(metric(text, text_of(messages[last])))
+            raise DataError(f"{place}: {error}") from None
+        most = min(ANSWER, max(1, options.max_length - len(prompt.token_ids)))
+        text = generate(model, processor, prompt, max_tokens=most, temperature=0.0)
+        values.append(_value(metric, text, text_of(messages[last]), place))
     return sum(values) / max(1, len(values))
+
+
+def _value(metric: Metric, answer: str, reference: str, place: str) -> float:
+    """What a metric says about one answer, as a finite number."""
+    name = getattr(metric, "__name__", repr(metric))
+    try:
+        value = float(metric(answer, reference))
+    except (Exception, SystemExit) as error:  # a user's code may raise anything
+        raise TrainError(f"metric {name} fails for {place}: {_told(error)}") from error
+    if not math.isfinite(value):
+        raise TrainError(f"metric {name} is {value} for {place}; it must be a finite number")
+    return value
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
@@ -18,101 +20,21 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from ..checkpoints.adapters import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    FINE_TUNE_TYPES,
-    PARTS,
-    add_adapters,
-)
+from ..checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARTS, add_adapters
 from ..checkpoints.weights import check_file, read_weights
-from ..checkpoints.writing import TRAINING_STATE, complete_folder
+from ..checkpoints.writing import TRAINING_STATE, complete_folder, write_json
 from ..conversion.plan import make_plan, write_files, write_weights
 from ..errors import TrainError
 from ..files import read_json
 from ..models.layers import random_seed
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration, Lfm2VlModel
-from ..options import ImageOptions
-from ..prompts.image_processor import NO_OPTIONS
 from ..prompts.processor import Lfm2VlProcessor
-from .data import (
-    Batch,
-    Dataset,
-    batch_order,
-    collate,
-    prefetch,
-)
+from .data import Batch, Dataset, batch_order, collate, prefetch
+from .options import TrainingOptions
 
-OPTIMIZERS = ("adamw", "adam", "muon", "sgd", "lion", "adafactor")
 MUON_RATE = 5.0  # Muon's learning rate over that of AdamW, which it leaves vectors and tables to
-SCHEDULES = ("cosine", "linear", "constant")
-CHECKPOINT = "checkpoint-"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 STATE_ARRAYS = "training_state.safetensors"
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How to train. Names are mlx-lm's where it has one.
-
-    Attributes:
-        fine_tune_type: `full`, `lora` or `dora`.
-        train: parts of the model that learn.
-        iters: optimizer steps.
-        batch_size: samples per step and machine, before accumulation.
-        grad_accumulation_steps: batches whose gradients are added up before a step.
-        learning_rate: the highest, after `warmup` steps; it falls to a tenth at the end.
-        max_grad_norm: gradients are shortened to this length; 0 leaves them.
-        rank, scale, dropout: of adapters; the update is `scale · B · A`.
-        num_layers: how many last layers get adapters; -1 for all.
-        grad_checkpoint: compute activations again instead of keeping them.
-    """
-
-    fine_tune_type: str = "lora"
-    train: tuple[str, ...] = ("language",)
-    iters: int = 1000
-    batch_size: int = 4
-    grad_accumulation_steps: int = 1
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-4
-    schedule: str = "cosine"
-    warmup: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    rank: int = 8
-    scale: float = 20.0
-    dropout: float = 0.0
-    num_layers: int = -1
-    grad_checkpoint: bool = False
-    max_length: int = 4096
-    seed: int = 0
-    image_options: ImageOptions = NO_OPTIONS
-
-    def __post_init__(self) -> None:
-        for name, choices in (
-            ("fine_tune_type", FINE_TUNE_TYPES),
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-        ):
-            if getattr(self, name) not in choices:
-                raise TrainError(
-                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}"
-                )
-        unknown = [part for part in self.train if part not in PARTS]
-        if unknown or len(self.train) == 0:
-            raise TrainError(f"train is {list(self.train)}; choose among {', '.join(PARTS)}")
-        for name in ("iters", "batch_size", "grad_accumulation_steps", "rank", "max_length"):
-            if getattr(self, name) < 1:
-                raise TrainError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if self.num_layers < 1 and self.num_layers != -1:
-            raise TrainError(f"num_layers is {self.num_layers}; it must be 1 or more, or -1")
-        if self.optimizer == "adam" and self.weight_decay != 0:
-            raise TrainError("adam has no weight_decay; adamw has")
-        if not self.learning_rate > 0:
-            raise TrainError(f"learning_rate is {self.learning_rate}; it must be above 0")
-        if not 0 <= self.warmup < self.iters:
-            raise TrainError(f"warmup is {self.warmup}; it must be below the {self.iters} iters")
-        if not 0 <= self.dropout < 1:
-            raise TrainError(f"dropout is {self.dropout}; it must be from 0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -150,39 +72,37 @@ def loss_sum(model: Lfm2VlForConditionalGeneration, batch: Batch) -> mx.array:
     return nn.losses.cross_entropy(logits, mx.array(batch.targets), reduction="sum")
 
 
-def make_schedule(options: TrainingOptions) -> Callable[[mx.array], mx.array] | float:
+def make_schedule(options: TrainingOptions) -> Callable[[mx.array], mx.array]:
     """The learning rate by step: a linear warm-up, then down to a tenth, or constant."""
-    rate, rest = options.learning_rate, max(1, options.iters - options.warmup)
+    rate, warmup = options.learning_rate, options.warmup
     if options.schedule == "cosine":
-        after: Any = optim.cosine_decay(rate, rest, rate / 10)
-    elif options.schedule == "linear":
-        after = optim.linear_schedule(rate, rate / 10, rest)
-    elif options.warmup == 0:
-        return rate
+        after = optim.cosine_decay(rate, options.iters - warmup, rate / 10)
     else:
-        after = lambda step: mx.array(rate)  # noqa: E731 - the form that MLX's schedules have
-    if options.warmup == 0:
+        end = rate if options.schedule == "constant" else rate / 10
+        after = optim.linear_schedule(rate, end, options.iters - warmup)
+    if warmup == 0:
         return after
-    before = optim.linear_schedule(rate / options.warmup, rate, options.warmup)
-    return optim.join_schedules([before, after], [options.warmup])
+    before = optim.linear_schedule(rate / warmup, rate, warmup)
+    return optim.join_schedules([before, after], [warmup])
 
 
 def make_optimizer(options: TrainingOptions) -> optim.Optimizer:
     """An optimizer of MLX. Adam and AdamW correct their bias, as PyTorch's do."""
     rate, decay = make_schedule(options), options.weight_decay
-    if options.optimizer == "adamw":
-        return optim.AdamW(rate, weight_decay=decay, bias_correction=True)
-    if options.optimizer == "adam":
-        return optim.Adam(rate, bias_correction=True)
-    if options.optimizer == "muon":
-        faster = make_schedule(replace(options, learning_rate=MUON_RATE * options.learning_rate))
-        rest = optim.AdamW(rate, weight_decay=decay, bias_correction=True)
-        return optim.MultiOptimizer([optim.Muon(faster, weight_decay=0.0), rest], [_is_map])
-    if options.optimizer == "sgd":
-        return optim.SGD(rate, momentum=0.9, weight_decay=decay)
-    if options.optimizer == "lion":
-        return optim.Lion(rate, weight_decay=decay)
-    return optim.Adafactor(rate, weight_decay=decay, relative_step=False)
+    match options.optimizer:
+        case "adamw":
+            return optim.AdamW(rate, weight_decay=decay, bias_correction=True)
+        case "adam":
+            return optim.Adam(rate, bias_correction=True)
+        case "sgd":
+            return optim.SGD(rate, momentum=0.9, weight_decay=decay)
+        case "lion":
+            return optim.Lion(rate, weight_decay=decay)
+        case "adafactor":
+            return optim.Adafactor(rate, weight_decay=decay, relative_step=False)
+    faster = make_schedule(replace(options, learning_rate=MUON_RATE * options.learning_rate))
+    rest = optim.AdamW(rate, weight_decay=decay, bias_correction=True)
+    return optim.MultiOptimizer([optim.Muon(faster, weight_decay=0.0), rest], [_is_map])
 
 
 def _is_map(name: str, weight: mx.array) -> bool:
@@ -277,39 +197,53 @@ class Trainer:
                 mx.get_peak_memory() / 1e9,
             )
 
-    def save(self, output: Path, source: Path, keep: int = 2) -> Path:
+    def save(
+        self, output: Path, source: Path, keep: int = 2, reports: Sequence[StepReport] = ()
+    ) -> Path:
         """Writes a checkpoint that `resume` reads; it is there complete or not at all.
 
         Args:
             output: folder of the run; the checkpoint becomes `checkpoint-STEP` in it.
             source: folder of the base model, whose other files a full model needs.
             keep: how many checkpoints stay; older ones are removed.
+            reports: of steps that no log holds yet, for `resume` to give back.
+
+        Raises:
+            TrainError: it cannot be written; what was there before stays.
+            ConvertError: the disk has too little space.
         """
-        target = output / f"{CHECKPOINT}{self.steps_done:06}"
+        target = output / f"checkpoint-{self.steps_done:06}"
         state = dict(tree_flatten(self.optimizer.state, destination={}))
-        nbytes = sum(array.nbytes for array in state.values())
-        with complete_folder(target, nbytes) as folder:
+        model = self.model
+        written = model.parameters if self.adapter_config is None else model.trainable_parameters
+        arrays = [array for _, array in tree_flatten(written())]
+        nbytes = sum(array.nbytes for array in (*state.values(), *arrays))
+        with writing(target), complete_folder(target, nbytes) as folder:
             mx.save_safetensors(str(folder / STATE_ARRAYS), state)
-            _write_json(folder / TRAINING_STATE, self._description())
+            description = {**self._description(), "reports": [asdict(one) for one in reports]}
+            write_json(folder / TRAINING_STATE, description)
             write_result(self.model, self.adapter_config, folder, source)
         for old in checkpoints(output)[:-keep]:
-            hidden = old.with_name("." + old.name)  # a half removed one must not look complete
-            old.rename(hidden)
-            shutil.rmtree(hidden)
+            with writing(old):
+                # a half removed one must not look complete
+                shutil.rmtree(old.rename(old.with_name("." + old.name)))
         return target
 
-    def resume(self, checkpoint: Path) -> None:
-        """Goes on where a checkpoint was written; weights, optimizer, data and chance agree.
+    def resume(self, checkpoint: Path) -> list[StepReport]:
+        """Continues from a checkpoint; weights, optimizer, data and chance agree.
+
+        Returns:
+            the reports that `save` was given.
 
         Raises:
             TrainError: other options or other data than then.
         """
         before, now = read_json(checkpoint / TRAINING_STATE), self._description()
         for name, value in now["options"].items():
-            if before["options"].get(name) != value:
+            if (old := before["options"].get(name)) != value:
                 raise TrainError(
-                    f"{checkpoint} was made with {name} {before['options'].get(name)}, not "
-                    f"{value}; resume with the same settings"
+                    f"{checkpoint} was made with {name} {old}, not {value}; resume with the same "
+                    "settings"
                 )
         for name in ("samples", "machines"):
             if before[name] != now[name]:
@@ -317,20 +251,31 @@ class Trainer:
         if before["data"] != now["data"]:
             raise TrainError(f"{checkpoint} was made with other samples; resume with the same data")
         self.steps_done = int(before["step"])
-        if self.adapter_config is None:
-            weights = read_weights(checkpoint)
-        else:
-            weights = _load_arrays(checkpoint / ADAPTER_WEIGHTS)
-        learned = {
-            name: array
-            for name, array in weights.items()
-            if name in dict(tree_flatten(self.model.trainable_parameters()))
-        }
-        self.model.load_weights(list(learned.items()), strict=False)
-        state = _load_arrays(checkpoint / STATE_ARRAYS)
-        self.optimizer.state = tree_unflatten(list(state.items()))
+        whole = self.adapter_config is None
+        weights = read_weights(checkpoint) if whole else load_arrays(checkpoint / ADAPTER_WEIGHTS)
+        learning = dict(tree_flatten(self.model.trainable_parameters()))
+        self.model.load_weights([(n, weights[n]) for n in learning], strict=False)
+        self.optimizer.state = tree_unflatten(list(load_arrays(checkpoint / STATE_ARRAYS).items()))
         mx.random.seed(int(before["random_seed"]))
         mx.eval(self.model.parameters(), self.optimizer.state)
+        return [StepReport(**report) for report in before.get("reports", [])]
+
+    def begin_with(self, file: Path) -> None:
+        """Takes the weights of an earlier run, such as its `adapters.safetensors`, to begin with.
+
+        Raises:
+            TrainError: the file is missing, or holds a tensor that does not learn here.
+        """
+        learning = dict(tree_flatten(self.model.trainable_parameters()))
+        weights = load_arrays(file)
+        for name, array in weights.items():
+            if name not in learning or learning[name].shape != array.shape:
+                raise TrainError(
+                    f"{file}: {name} of shape {array.shape} fits nothing that learns; train the "
+                    "same parts with the same type and rank"
+                )
+        typed = [(name, array.astype(learning[name].dtype)) for name, array in weights.items()]
+        self.model.load_weights(typed, strict=False)
 
     def _description(self) -> dict[str, Any]:
         return {
@@ -347,23 +292,21 @@ class Trainer:
         """Batches from the present place on, read ahead; each machine takes its share of each."""
         size, rank = self.group.size(), self.group.rank()
         options, samples = self.options, self.dataset.samples
+        read = partial(
+            collate,
+            image_processor=self.processor.image_processor,
+            image_options=options.image_options,
+            skip_bad=self.skip_bad,
+        )
+        order = partial(batch_order, samples, options.batch_size * size, options.seed)
 
         def jobs() -> Iterator[Callable[[], Batch]]:
-            number = self.steps_done * options.grad_accumulation_steps
-            together = options.batch_size * size
-            epoch, place = divmod(number, len(batch_order(samples, together, options.seed, 0)))
-            while True:
-                order = batch_order(samples, together, options.seed, epoch)
-                for chosen in order[place:]:
-                    mine = [samples[i] for i in chosen[rank::size]]
-                    yield partial(
-                        collate,
-                        mine,
-                        self.processor.image_processor,
-                        options.image_options,
-                        skip_bad=self.skip_bad,
-                    )
-                epoch, place = epoch + 1, 0
+            done = self.steps_done * options.grad_accumulation_steps
+            first, place = divmod(done, len(order(0)))
+            for epoch in count(first):
+                for chosen in order(epoch)[place:]:
+                    yield partial(read, [samples[i] for i in chosen[rank::size]])
+                place = 0
 
         return prefetch(jobs())
 
@@ -398,8 +341,12 @@ def prepare(
 
 def checkpoints(output: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = output.glob(f"{CHECKPOINT}*")
-    return sorted(path for path in found if (path / TRAINING_STATE).exists())
+    found = {
+        int(match[1]): path
+        for path in output.glob("checkpoint-*")
+        if (match := CHECKPOINT.fullmatch(path.name)) and (path / TRAINING_STATE).exists()
+    }
+    return [found[number] for number in sorted(found)]
 
 
 def write_result(
@@ -412,7 +359,8 @@ def write_result(
     if adapter_config is not None:
         learned = dict(tree_flatten(model.trainable_parameters(), destination={}))
         mx.save_safetensors(str(folder / ADAPTER_WEIGHTS), learned, {"format": "mlx"})
-        _write_json(folder / ADAPTER_CONFIG, {**adapter_config, "model": str(source)})
+        base = {"model": os.path.abspath(source)}
+        write_json(folder / ADAPTER_CONFIG, {**base, **adapter_config})
         return
     plan = make_plan(source, None)
     plan.weights = dict(tree_flatten(model.parameters(), destination={}))
@@ -424,29 +372,44 @@ def write_result(
     write_files(folder, plan)
 
 
-def publish(
-    model: Lfm2VlForConditionalGeneration,
-    adapter_config: dict[str, Any] | None,
-    output: Path,
-    source: Path,
-) -> None:
-    """Puts the result into the folder of the run, file by file, each complete or not at all."""
-    with tempfile.TemporaryDirectory(prefix=".result-", dir=output) as folder:
-        write_result(model, adapter_config, Path(folder), source)
-        for path in Path(folder).iterdir():
-            os.replace(path, output / path.name)
+def publish(checkpoint: Path, output: Path) -> None:
+    """Copies the result of a checkpoint, file by file, each complete or not at all."""
+    for path in checkpoint.iterdir():
+        if path.name not in (TRAINING_STATE, STATE_ARRAYS):
+            with replaced(output / path.name) as new:
+                shutil.copyfile(path, new)
 
 
-def _number(array: mx.array) -> float:
-    return cast("float", array.item())
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A path beside another that takes its place if everything went well, or vanishes."""
+    new = path.with_name("." + path.name)
+    try:
+        with writing(path):
+            yield new
+            os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
-def _load_arrays(path: Path) -> dict[str, mx.array]:
-    check_file(path)
-    arrays = mx.load(str(path))
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Errors of the disk become a TrainError; MLX has a RuntimeError for them."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise TrainError(f"{target} could not be written: {error}") from error
+
+
+def load_arrays(file: Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file."""
+    if not os.path.isfile(file):
+        raise TrainError(f"{file} does not exist; pass a safetensors file")
+    check_file(file)
+    arrays = mx.load(str(file))
     assert isinstance(arrays, dict)
     return arrays
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+def _number(array: mx.array) -> float:
+    return cast("float", array.item())

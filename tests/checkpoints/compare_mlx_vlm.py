@@ -10,8 +10,10 @@ same name, which is how conversions made here are shown to mlx-vlm.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,8 +21,12 @@ import numpy as np
 from mlx_vlm.convert import convert
 from mlx_vlm.utils import load_model
 
+if __name__ == "__main__":
+    from weights import DIGESTS, MLX_VLM, raw_tensors
+else:
+    from .weights import DIGESTS, MLX_VLM, raw_tensors
+
 HERE = Path(__file__).parent
-TARGET = HERE / "mlx_vlm"
 CONVERSIONS = {
     "plain": {"dtype": "float32"},
     "bf16": {"dtype": "bfloat16"},
@@ -57,18 +63,33 @@ def logits(folder: Path) -> dict[str, np.ndarray]:
 
 
 def make() -> None:
-    shutil.rmtree(TARGET, ignore_errors=True)
-    TARGET.mkdir()
+    """Keeps the small files, and digests of the weights: `weights.py` makes these again."""
+    shutil.rmtree(MLX_VLM, ignore_errors=True)
+    MLX_VLM.mkdir()
+    digests = {}
     for name, settings in CONVERSIONS.items():
-        convert(str(HERE / "wide"), str(TARGET / name), **settings)
-        shutil.rmtree(TARGET / name / "cases", ignore_errors=True)
-        np.savez_compressed(TARGET / f"{name}.npz", **logits(TARGET / name))
+        with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder) / name
+            convert(str(HERE / "wide"), str(made), **settings)
+            np.savez_compressed(MLX_VLM / f"{name}.npz", **logits(made))
+            digests[name] = raw_tensors(made / "model.safetensors")
+            (MLX_VLM / name).mkdir()
+            shutil.copy(made / "config.json", MLX_VLM / name)
+            for file in made.glob("*_config.json"):  # the same of every conversion
+                shutil.copy(file, MLX_VLM)
+            theirs, ours = (
+                json.loads((where / "tokenizer.json").read_text())
+                for where in (made, HERE / "wide")
+            )
+            assert theirs == ours, "the tokenizer changed, so it must be kept, too"
+    lines = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in digests.items())
+    DIGESTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def compare(folders: list[Path]) -> None:
     for folder in folders:
         ours = logits(folder)
-        with np.load(TARGET / f"{folder.name}.npz") as kept:
+        with np.load(MLX_VLM / f"{folder.name}.npz") as kept:
             for name in ("text", "image"):
                 error = np.abs(ours[name] - kept[name]).max() / np.abs(kept[name]).max()
                 print(f"{folder.name} {name}: relative difference {error:.1e}")

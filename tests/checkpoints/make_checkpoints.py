@@ -5,8 +5,8 @@ Needs Python with transformers 5.23, PyTorch and torchvision, besides numpy and 
     python tests/checkpoints/make_checkpoints.py
 
 Every layout and spelling that published LFM2-VL checkpoints use occurs once, with random weights,
-tiny widths and small image settings. One-dimensional weights and the position table are random,
-too, so that a skipped norm or a wrong resize shows.
+tiny widths and small image settings. The weights are not stored: `weights.py` makes them from
+`tensors.json` when tests run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from pictures import CASES, SOME_CASES, messages
 from PIL import Image
-from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     Lfm2VlConfig,
@@ -30,8 +29,10 @@ from transformers import (
     Lfm2VlProcessor,
     PreTrainedTokenizerFast,
 )
+from weights import TENSORS, files_of, random_values, write_weights
 
 HERE = Path(__file__).parent
+BITS = 20  # of what is kept; a tenth of what the comparisons allow
 ALL_LOGITS = ("small", "interleaved", "text")  # cases whose every stage is kept
 SPECIAL = [
     "<|pad|>",
@@ -160,7 +161,6 @@ def make_model(
     tokenizer: Tokenizer, seed: int, text: dict, vision: dict, **changes: Any
 ) -> Lfm2VlForConditionalGeneration:
     """The official model with random weights."""
-    torch.manual_seed(seed)
     config = Lfm2VlConfig(
         text_config=text_config(tokenizer, **text),
         vision_config=vision_config(**vision),
@@ -171,39 +171,18 @@ def make_model(
     model = Lfm2VlForConditionalGeneration(config).float().eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.ndim == 1:
-                weight.copy_(float(name.endswith("weight")) + 0.3 * torch.randn(weight.shape))
-            elif "position_embedding" in name or "conv.conv" in name:
-                weight.copy_(0.5 * torch.randn(weight.shape))
-            else:
-                weight.copy_(torch.randn(weight.shape) / weight.shape[1] ** 0.5)
+            weight.copy_(torch.tensor(random_values(seed, name, tuple(weight.shape))))
     return model
 
 
-def tensors(model: Lfm2VlForConditionalGeneration) -> dict[str, np.ndarray]:
-    """Weights as transformers 5 saves them; a tied head is left out."""
+def shapes_of(model: Lfm2VlForConditionalGeneration) -> dict[str, list[int]]:
+    """What transformers 5 saves, by name; a tied head is left out."""
     tied = model.config.tie_word_embeddings
     return {
-        name: tensor.numpy()
+        name: list(tensor.shape)
         for name, tensor in model.state_dict().items()
         if not (tied and name == "lm_head.weight")
     }
-
-
-def first_name(name: str) -> str:
-    return name.replace("model.vision_tower.", "model.vision_tower.vision_model.")
-
-
-def mlx_layout(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """MLX names, convolutions as (hidden, kernel, 1)."""
-    renamed = {}
-    for name, value in weights.items():
-        name = name.removeprefix("model.")
-        name = name.replace("language_model.", "language_model.model.")
-        if name.endswith("conv.conv.weight"):
-            value = value.swapaxes(1, 2).copy()
-        renamed[name] = value
-    return renamed
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
@@ -282,7 +261,7 @@ class Checkpoint:
         self.folder = HERE / name
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
-        self.first = first
+        self.seed, self.first = seed, first
         self.tokenizer = make_tokenizer(special_last)
         self.image = {**IMAGE, **(image or {})}
         self.model = make_model(self.tokenizer, seed, text or {}, vision or {}, **config)
@@ -292,7 +271,7 @@ class Checkpoint:
         )
         self.config = {**self.model.config.to_dict(), "dtype": "float32"}
 
-    def write(self, weights: dict[str, np.ndarray] | None = None, **config: Any) -> None:
+    def write(self, **config: Any) -> None:
         """Writes everything; `config` changes entries of config.json, None removes them."""
         data = {k: v for k, v in {**self.config, **config}.items() if v is not None}
         write_json(self.folder / "config.json", data)
@@ -303,14 +282,34 @@ class Checkpoint:
             self.folder / "generation_config.json",
             {"eos_token_id": [eos] if self.folder.name == "text396" else eos},
         )
-        if weights is not None:
-            save_file(weights, self.folder / "model.safetensors", {"format": "pt"})
+        kept = json.loads(TENSORS.read_text()) if TENSORS.exists() else {}
+        kept[self.folder.name] = {"seed": self.seed, "shapes": shapes_of(self.model)}
+        lines = (f"{json.dumps(name)}: {json.dumps(kept[name])}" for name in sorted(kept))
+        TENSORS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        write_weights(self.folder.name)
 
     def write_cases(self, names: tuple[str, ...]) -> None:
         (self.folder / "cases").mkdir()
         for name in names:
-            arrays = run_case(self.model, self.processor, name)
+            arrays = packed(run_case(self.model, self.processor, name))
             np.savez_compressed(self.folder / "cases" / f"{name}.npz", **arrays)
+
+
+def packable(values: torch.Tensor) -> np.ndarray:
+    """float32, rounded to 2^-BITS of the largest value: what is left packs better."""
+    found = values.numpy()
+    step = np.float32(2.0 ** (np.ceil(np.log2(np.abs(found).max())) - BITS))
+    return np.round(found / step) * step
+
+
+def packed(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Arrays as they are kept: results rounded, everything else whole."""
+    return {
+        name: packable(torch.as_tensor(value))
+        if torch.as_tensor(value).is_floating_point()
+        else np.asarray(value)
+        for name, value in arrays.items()
+    }
 
 
 def as_pictures(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -405,63 +404,48 @@ def write_text_cases(checkpoint: Checkpoint) -> None:
         arrays["position_ids"] = positions.numpy()
         arrays["position_logits"] = model(input_ids=ids, position_ids=positions).logits.numpy()
         arrays["logits"] = model(input_ids=ids).logits.numpy()
-        embeddings = model.get_input_embeddings()(ids) * 1.5
+        embeddings = torch.tensor(packable(model.get_input_embeddings()(ids) * 1.5))
         arrays["inputs_embeds"] = embeddings.numpy()
         arrays["embeds_logits"] = model(inputs_embeds=embeddings).logits.numpy()
         arrays["last_3_logits"] = model(input_ids=ids, logits_to_keep=3).logits.numpy()
-    np.savez_compressed(checkpoint.folder / "cases" / "text_model.npz", **arrays)
-
-
-def write_shards(folder: Path, weights: dict[str, np.ndarray]) -> None:
-    names = sorted(weights)
-    parts = [names[: len(names) // 2], names[len(names) // 2 :]]
-    weight_map = {}
-    for number, part in enumerate(parts, 1):
-        file = f"model-{number:05}-of-00002.safetensors"
-        save_file({name: weights[name] for name in part}, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    np.savez_compressed(checkpoint.folder / "cases" / "text_model.npz", **packed(arrays))
 
 
 def make_checkpoints() -> None:
     every = tuple(CASES)
     rope = {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}
     first = Checkpoint("first", 3, first=True, text=rope, image={"use_thumbnail": False})
-    weights = {first_name(name): value for name, value in tensors(first.model).items()}
     first.config = first_config(first.model)
-    first.write(weights)
+    first.write()
     first.write_cases(every)
 
-    v5 = Checkpoint("v5", 1, projector_use_layernorm=False)
-    v5.write(tensors(v5.model))
+    v5 = Checkpoint("v5", 2, projector_use_layernorm=False)
+    v5.write()
     v5.write_cases(every)
     write_text_cases(v5)
 
-    mlx = Checkpoint("mlx", 1, projector_use_layernorm=False)
-    stray = {
-        f"multi_modal_projector.layer_norm.{name}": np.ones(4 * 48, np.float32)
-        for name in ("weight", "bias")
-    }
+    mlx = Checkpoint("mlx", 2, projector_use_layernorm=False)
     vision = {**mlx.config["vision_config"], "model_type": "lfm2_vl"}
-    mlx.write({**mlx_layout(tensors(mlx.model)), **stray}, vision_config=vision)
-    mlx.write_cases(SOME_CASES)
+    mlx.write(vision_config=vision)  # the weights of v5, and so its cases
 
     noprefix = Checkpoint(
         "noprefix", 1, text={"block_auto_adjust_ff_dim": False, "intermediate_size": 40}
     )
     text = {**noprefix.config["text_config"], "layer_types": None, "full_attn_idxs": [1, 3]}
-    noprefix.write(None, text_config=text)
-    short = {name.removeprefix("model."): value for name, value in tensors(noprefix.model).items()}
-    write_shards(noprefix.folder, short)
+    noprefix.write(text_config=text)
+    files = files_of("noprefix")
+    weight_map = {key: file for file, weights in files.items() for key in weights}
+    index = noprefix.folder / "model.safetensors.index.json"
+    write_json(index, {"metadata": {}, "weight_map": weight_map})
     noprefix.write_cases(SOME_CASES)
 
     head72 = Checkpoint("head72", 1, vision={"hidden_size": 144, "num_attention_heads": 2})
     vision = {**head72.config["vision_config"], "num_hidden_layers": 3}
-    head72.write(tensors(head72.model), vision_config=vision, vision_feature_layer=-2)
+    head72.write(vision_config=vision, vision_feature_layer=-2)
     head72.write_cases(SOME_CASES)
 
     untied = Checkpoint("untied", 1, tie_word_embeddings=False)
-    untied.write(tensors(untied.model))
+    untied.write()
     untied.write_cases(SOME_CASES)
 
     text396 = Checkpoint(
@@ -471,7 +455,7 @@ def make_checkpoints() -> None:
         image={"min_tiles": 1, "resample": 3},
         projector_use_layernorm=False,
     )
-    text396.write(tensors(text396.model))
+    text396.write()
     text396.write_cases(every)
 
 
@@ -485,7 +469,7 @@ def make_wide() -> None:
         projector_hidden_size=64,
         projector_use_layernorm=False,
     )
-    wide.write(tensors(wide.model), text_config={**wide.config["text_config"], **WIDE_SPELLING})
+    wide.write(text_config={**wide.config["text_config"], **WIDE_SPELLING})
     wide.write_cases(("small",))
 
 

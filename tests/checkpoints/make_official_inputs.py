@@ -5,7 +5,7 @@ Needs what make_checkpoints.py needs:
     python tests/checkpoints/make_official_inputs.py
 
 The inputs are kept as the official processor gave them, its normalised pixels as the bytes that
-they came from. Of hidden states and logits a few positions are kept, rounded to 20 bits.
+they came from. Of hidden states and logits a few positions are kept, rounded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_checkpoints import NAMED
+from make_checkpoints import NAMED, packable
 from PIL import Image
 from transformers import (
     Lfm2VlConfig,
@@ -29,7 +29,6 @@ from transformers import (
 HERE = Path(__file__).parent
 POSITIONS = 4  # of each conversation: spread evenly, the last one included
 VISION_STEP = 7  # of the vision tower's features, those of every seventh patch
-BITS = 20
 
 Part = str | tuple[int, int]
 Conversation = list[tuple[str, list[Part]]]
@@ -146,13 +145,6 @@ def as_bytes(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return found * mask[..., None].astype(np.uint8)
 
 
-def rounded(values: torch.Tensor) -> np.ndarray:
-    """float32, rounded to 2^-BITS of the largest value: what is left packs better."""
-    found = values.numpy()
-    step = np.float32(2.0 ** (np.ceil(np.log2(np.abs(found).max())) - BITS))
-    return np.round(found / step) * step
-
-
 def places(mask: np.ndarray) -> np.ndarray:
     """(rows, POSITIONS): some real positions of each row, the last one included."""
     found = []
@@ -183,17 +175,21 @@ def run(name: str) -> dict[str, np.ndarray]:
         out = model(**inputs, output_hidden_states=True)
         base = model.model(**inputs)
         assert torch.equal(base.last_hidden_state, out.hidden_states[-1])
-    arrays["hidden_states"] = rounded(torch.stack([h[rows, kept] for h in out.hidden_states]))
-    arrays["logits"] = rounded(out.logits[rows[:, 0], kept[:, -1]])
+    arrays["hidden_states"] = np.stack(
+        [packable(hidden[rows, kept]) for hidden in out.hidden_states]
+    )
+    arrays["logits"] = packable(out.logits[rows[:, 0], kept[:, -1]])
     if out.image_hidden_states is not None:
-        arrays["image_hidden_states"] = rounded(out.image_hidden_states)
+        arrays["image_hidden_states"] = packable(out.image_hidden_states)
         names = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
         with torch.no_grad():
             features = model.get_image_features(**{name: inputs[name] for name in names})
             assert torch.equal(torch.cat(features.pooler_output), out.image_hidden_states)
             # the tower's own features of a few patches
             real = inputs["pixel_attention_mask"].bool()
-            arrays["vision_hidden_state"] = rounded(features.last_hidden_state[real][::VISION_STEP])
+            arrays["vision_hidden_state"] = packable(
+                features.last_hidden_state[real][::VISION_STEP]
+            )
     return {
         key: value.astype(np.int32) if value.dtype == np.int64 else value
         for key, value in arrays.items()

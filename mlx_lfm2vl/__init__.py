@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         WeightsError,
     )  # fmt: skip
     from .generation.answer import GenerationResponse
+    from .generation.asking import ask_json, choose
     from .generation.batch import BatchResult, batch_generate, stream_batch
     from .generation.engine import Engine
     from .generation.generate import generate, stream_generate
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         Lfm2VlOutput,
     )
     from .options import CacheOptions, ImageOptions, ImageProcessorConfig, Sampling
+    from .prompts.constraint import Constraint
     from .prompts.image_processor import Lfm2VlImageProcessor
     from .prompts.processor import Lfm2VlProcessor, Prompt
     from .prompts.question import Question
@@ -60,6 +62,7 @@ _EXPORTS = {
         "errors": "ConfigError ConvertError DataError ImageError Lfm2VlError ModelNotFoundError "
         "PromptError SnapshotError TrainError WeightsError",
         "generation.answer": "GenerationResponse",
+        "generation.asking": "ask_json choose",
         "generation.batch": "BatchResult batch_generate stream_batch",
         "generation.engine": "Engine",
         "generation.generate": "generate stream_generate",
@@ -67,6 +70,7 @@ _EXPORTS = {
         "models.lfm2_vl": "Lfm2VlForConditionalGeneration Lfm2VlImageOutput Lfm2VlModel "
         "Lfm2VlModelOutput Lfm2VlOutput",
         "options": "CacheOptions ImageOptions ImageProcessorConfig Sampling",
+        "prompts.constraint": "Constraint",
         "prompts.image_processor": "Lfm2VlImageProcessor",
         "prompts.processor": "Lfm2VlProcessor Prompt",
         "prompts.question": "Question",

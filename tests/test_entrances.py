@@ -12,6 +12,7 @@ from PIL import Image
 
 from mlx_lfm2vl import (
     CacheOptions,
+    Constraint,
     ImageOptions,
     Lfm2VlError,
     Question,
@@ -30,6 +31,12 @@ from .conftest import FIXTURES
 
 TOOLS = [{"name": "f", "description": "It does.", "parameters": {}}]
 RED = picture(60, 40, 1)
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 9}, "n": {"type": "number"}},
+    "required": ["name", "n"],
+}
+SCHEMA_TEXT = json.dumps(SCHEMA)
 
 
 @dataclass
@@ -124,6 +131,30 @@ CASES = [
     Case(
         "logits_processors", flags=None,
         settings={"logits_processors": [lambda tokens, logits: logits * 0.5]},
+    ),
+    setting("schema", SCHEMA, "--json-schema", SCHEMA_TEXT, "-m", "80", max_tokens=80),
+    setting("schema", SCHEMA_TEXT, "--json-schema", SCHEMA_TEXT, "-m", "22", max_tokens=22),
+    setting("schema", SCHEMA, max_tokens=30, close=False, temperature=3.0),
+    setting("schema", True, "--json-schema", "true", "-m", "40", max_tokens=40),
+    setting("schema", False, fails="schema is False; it must be"),
+    setting("schema", {"not": {}}, "--json-schema", '{"not": {}}', fails="Unimplemented keys"),
+    setting("schema", "no.json", "--json-schema", "no.json", fails="no.json cannot be read"),
+    setting("regex", "[a-f]{3}-x", "--regex", "[a-f]{3}-x", "-m", "20", max_tokens=20),
+    setting("regex", "(", "--regex", "(", fails="regex cannot be used: unclosed group"),
+    setting("choice", ["yes", "no, not"], "--choice", "yes", "no, not", "-m", "20", max_tokens=20),
+    setting("choice", ["a", ""], "--choice", "a", "", fails="choice is"),
+    setting("grammar", 'start: "a" /[xy]{4}/', max_tokens=20),
+    setting("grammar", "start: b", fails='unknown name: "b"'),
+    setting("regex", "a", "--regex", "a", "--choice", "b", choice=["b"], fails="exclude each"),
+    setting("close", True, fails="close is True; it must be left out without"),
+    setting("constraint", Constraint("choice", ("yes", "no"))),
+    Case(
+        "schema and image", images=RED, settings={"schema": SCHEMA, "max_tokens": 80},
+        flags=("--image", "red.png", "--json-schema", SCHEMA_TEXT, "-m", "80"),
+    ),
+    Case(
+        "wrong schema and image", images=RED, settings={"schema": "{"}, fails="schema is no JSON",
+        flags=("--image", "red.png", "--json-schema", "{"),
     ),
     Case("image before", images=RED, flags=("--image", "red.png")),
     Case("two images", images=[RED, picture(50, 70, 2)], flags=None),

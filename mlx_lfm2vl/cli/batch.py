@@ -20,11 +20,13 @@ from ..serving.folder import SUFFIXES, Counts, Lines, Task, answer_all, find_ima
 from .options import (
     add_adapters,
     add_answer,
+    add_constraint,
     add_image_options,
     add_images,
     add_model,
     add_prompt,
     add_sampling,
+    constraint_from,
     model_from,
     options_from,
     path,
@@ -87,6 +89,7 @@ def build_parser() -> Parser:
     )
     add_sampling(parser)
     add_image_options(parser)
+    add_constraint(parser)
     return parser
 
 
@@ -133,6 +136,7 @@ def _task(args: argparse.Namespace) -> Task:
         seed=args.seed,
         sampling=options_from(args, Sampling),
         image_options=options_from(args, ImageOptions),
+        constraint=constraint_from(args),
     )
 
 

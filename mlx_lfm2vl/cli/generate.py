@@ -16,11 +16,13 @@ from .options import (
     add_adapters,
     add_answer,
     add_cache_options,
+    add_constraint,
     add_image_options,
     add_images,
     add_model,
     add_prompt,
     add_sampling,
+    constraint_from,
     is_text,
     model_from,
     options_from,
@@ -30,6 +32,7 @@ from .terminal import Parser, make_parser, run_command, tell, write
 if TYPE_CHECKING:
     from ..generation.answer import GenerationResponse
     from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
+    from ..prompts.constraint import Constraint
     from ..prompts.processor import Lfm2VlProcessor, Prompt
 
 PHOTOGRAPH_BITS = 6.0  # entropy of 32 x 32 grey pixels: drawings stay below 5.5, photos above 6.4
@@ -68,6 +71,7 @@ def build_parser() -> Parser:
     )
     add_sampling(parser)
     add_image_options(parser)
+    add_constraint(parser)
     add_cache_options(parser)
     return parser
 
@@ -83,8 +87,9 @@ def run(args: argparse.Namespace) -> None:
     image_options = options_from(args, ImageOptions)
     cache_options = options_from(args, CacheOptions)
     sampling = options_from(args, Sampling)  # a wrong value is told before the model is loaded
+    constraint = constraint_from(args)
     if args.chat:
-        _chat(args, image_options, cache_options)
+        _chat(args, image_options, cache_options, constraint)
         return
     messages = _messages(args)
     images = [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
@@ -107,9 +112,10 @@ def run(args: argparse.Namespace) -> None:
         cache_options=cache_options,
         measure_vision=args.verbose or args.json,
         sampling=sampling,
+        constraint=constraint,
     )
     if args.json:
-        last = _print_json(model_from(args), processor, prompt, sampling, responses)
+        last = _print_json(model_from(args), processor, prompt, sampling, responses, constraint)
     else:
         last = _print_text(responses)
     if args.verbose:
@@ -120,6 +126,7 @@ def _chat(
     args: argparse.Namespace,
     image_options: ImageOptions,
     cache_options: CacheOptions,
+    constraint: Constraint | None,
 ) -> None:
     if args.json or "-" in (args.prompt, *args.image):
         raise PromptError("--chat reads standard input itself, without --json and -")
@@ -131,7 +138,7 @@ def _chat(
     session = Session(
         model, processor, args.system, image_options=image_options, cache_options=cache_options
     )
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"constraint": constraint}
     Chat(session, settings, args.verbose, notice).run(args.image, args.prompt)
 
 
@@ -220,6 +227,7 @@ def _print_json(
     prompt: Prompt,
     sampling: Sampling,
     responses: Iterator[GenerationResponse],
+    constraint: Constraint | None,
 ) -> GenerationResponse:
     text, tokens = "", []
     for response in responses:
@@ -230,6 +238,7 @@ def _print_json(
         "text": text,
         "tokens": tokens,
         "finish_reason": response.finish_reason,
+        **({} if constraint is None else constraint.result(text, response.closed)),
         "prompt_tokens": response.prompt_tokens,
         "image_tokens": list(response.image_tokens),
         "image_views": [image.views for image in prompt.images],

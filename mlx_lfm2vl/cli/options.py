@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import fields
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from ..errors import PromptError
 from ..options import DEFAULT_MAX_TOKENS
+
+if TYPE_CHECKING:
+    from ..prompts.constraint import Constraint
 
 T = TypeVar("T")
 DEFAULT_MODEL = "LiquidAI/LFM2.5-VL-450M"
@@ -235,6 +240,38 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="first position that --kv-bits stores so (default: 5000)",
     )
+
+
+def add_constraint(parser: argparse.ArgumentParser) -> None:
+    """Flags that keep answers to a form."""
+    group = parser.add_argument_group("form of the answer (needs the extra json; one of these)")
+    group.add_argument(
+        "--json-schema",
+        metavar="FILE|-|TEXT",
+        help="answer with JSON of this schema; - reads it from standard input, true is any JSON",
+    )
+    group.add_argument("--regex", help="the whole answer matches this regular expression")
+    group.add_argument(
+        "--choice", nargs="+", action="extend", metavar="TEXT", help="answer with one of these"
+    )
+    group.add_argument("--grammar", metavar="FILE", help="Lark grammar, in llguidance's variant")
+
+
+def constraint_from(args: argparse.Namespace) -> Constraint | None:
+    """The form that the flags ask for; a PromptError if it makes no sense."""
+    schema, grammar = args.json_schema, args.grammar
+    if all(value is None for value in (schema, args.regex, args.choice, grammar)):
+        return None  # and nothing more is loaded
+    from ..prompts.constraint import Constraint, read_text
+
+    if schema == "-":
+        others = (getattr(args, "prompt", None), *getattr(args, "image", ()))
+        if "-" in others or getattr(args, "chat", False):
+            raise PromptError("standard input can be the schema, the prompt or an image, only one")
+        schema = sys.stdin.read()
+    if grammar is not None:
+        grammar = read_text("grammar", grammar)
+    return Constraint.of(schema, args.regex, args.choice, grammar)
 
 
 def options_from(args: argparse.Namespace, kind: type[T]) -> T:

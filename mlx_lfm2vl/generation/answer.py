@@ -29,6 +29,8 @@ class GenerationResponse:
         image_tokens: image tokens of each image.
         vision_time: seconds in the vision tower, if it was measured.
         time_to_first_token: seconds from prompt to first token.
+        closed: whether the answer is whole, although it was at its limit: a form was asked for, and
+            it was brought to its end or had just reached it.
     """
 
     text: str
@@ -44,6 +46,13 @@ class GenerationResponse:
     image_tokens: tuple[int, ...]
     vision_time: float | None
     time_to_first_token: float
+    closed: bool = False
+
+
+def eos_token_ids(processor: Lfm2VlProcessor) -> tuple[int, ...]:
+    """The tokens that end an answer."""
+    ids = processor.generation_config.eos_token_ids
+    return tuple(ids) if ids else (processor.tokenizer.eos_token_id,)
 
 
 class Answer:
@@ -51,8 +60,7 @@ class Answer:
 
     def __init__(self, processor: Lfm2VlProcessor, question: Question) -> None:
         tokenizer = processor.tokenizer
-        ids = processor.generation_config.eos_token_ids
-        self.eos_token_ids = frozenset(ids if ids else (tokenizer.eos_token_id,))
+        self.eos_token_ids = frozenset(eos_token_ids(processor))
         self.detokenizer = tokenizer.detokenizer()
         self.stop = question.stop
         self.left = question.max_tokens
@@ -100,7 +108,12 @@ class Clock:
         self.tokens = 0
 
     def response(
-        self, text: str, token: int, logprobs: mx.array, finish_reason: str | None
+        self,
+        text: str,
+        token: int,
+        logprobs: mx.array,
+        finish_reason: str | None,
+        closed: bool = False,
     ) -> GenerationResponse:
         """The response for the next token."""
         now = time.perf_counter()
@@ -123,4 +136,5 @@ class Clock:
             image_tokens=self.image_tokens,
             vision_time=self.vision_time,
             time_to_first_token=waited,
+            closed=closed,
         )

@@ -33,6 +33,7 @@ class BatchResult:
         finish_reason: "stop" or "length".
         prompt_tokens: positions of the prompt.
         image_tokens: image tokens of each image.
+        closed: whether it is whole at its limit, see `GenerationResponse`.
     """
 
     index: int
@@ -41,6 +42,7 @@ class BatchResult:
     finish_reason: str
     prompt_tokens: int
     image_tokens: tuple[int, ...]
+    closed: bool = False
 
 
 def batch_generate(
@@ -96,7 +98,7 @@ def stream_batch(
                     raise error
                 index, texts = pieces[row]
                 texts.append(response.text)
-                if row.finished:
+                if response.finish_reason is not None:
                     del pieces[row]
                     yield BatchResult(
                         index,
@@ -105,6 +107,7 @@ def stream_batch(
                         response.finish_reason,
                         response.prompt_tokens,
                         response.image_tokens,
+                        response.closed,
                     )
 
 

@@ -6,6 +6,7 @@ rows that answer already; rows whose caches are of one kind decode together.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +22,9 @@ from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..options import CacheOptions
 from ..prompts.processor import Lfm2VlProcessor, Prompt
 from ..prompts.question import NO_CACHE_OPTIONS, Question
-from .answer import Answer, Clock, GenerationResponse
+from .answer import Answer, Clock, GenerationResponse, eos_token_ids
 from .decoding import States, decode_step
+from .guide import Guide, vocabulary
 from .sampling import LogitsProcessor, Sampler, from_settings
 
 PREFILL_STEP_SIZE = 1024  # positions of a prompt at once; more takes memory and saves no time
@@ -118,6 +120,15 @@ class Row:
         """How many tokens may still come."""
         return self.max_tokens - len(self.tokens)
 
+    @property
+    def forced(self) -> list[int]:
+        """Tokens of the answer behind `y`, which go in without being chosen."""
+        return self.tokens[self.offset + 1 - self.length :]
+
+    def follow(self, token: int) -> list[int]:
+        """The tokens that come now that this one was chosen: itself and those it forces."""
+        return [token]
+
     def embed(self, start: int, stop: int) -> mx.array:
         """Embeddings (stop - start, hidden) of positions of the prompt."""
         raise NotImplementedError
@@ -159,6 +170,12 @@ class AnswerRow(Row):
             question.cache_options,
             prompt,
         )
+        self.guide = None
+        if question.constraint is not None:
+            size = model.config.text_config.vocab_size
+            known = vocabulary(processor.tokenizer, size, eos_token_ids(processor))
+            self.guide = Guide(question.constraint, known, question.max_tokens)
+            self.logits_processors = [self.guide, *self.logits_processors]
         self.model, self.question, self.features = model, question, features
         self.encoded_images = 0  # counted if features are remembered
         self.answer, self.clock = Answer(processor, question), Clock(prompt)
@@ -176,15 +193,26 @@ class AnswerRow(Row):
             self.clock.vision_time = perf_counter() - self.clock.start
         return embeddings
 
+    def follow(self, token: int) -> list[int]:
+        return [token] if self.guide is None else self.guide.take(token, self.left)
+
     def take(self, token: int, logprobs: mx.array) -> GenerationResponse:
         super().take(token, logprobs)
         text, finish_reason = self.answer.add(token)
         self.finished = finish_reason is not None
-        return self.clock.response(text, token, logprobs, finish_reason)
+        closed = False
+        if self.guide is not None and self.finished:
+            if self.guide.closing and token in self.answer.eos_token_ids:
+                finish_reason = "length"
+            closed = finish_reason == "length" and self.guide.is_whole
+        return self.clock.response(text, token, logprobs, finish_reason, closed)
 
 
 class Event(NamedTuple):
-    """What a step brought a row: a response, or the error that ended it."""
+    """What a step brought a row: a response, or the error that ended it.
+
+    A step may bring several; only the last one of a `GenerationResponse` has a `finish_reason`.
+    """
 
     row: Row
     response: Any = None
@@ -276,7 +304,9 @@ class Engine:
         """
         for row in self.arrivals:
             kind = row.attention.kind
-            self.batches.setdefault(kind, Batch(self.language_model, kind)).join(row)
+            if kind not in self.batches:
+                self.batches[kind] = Batch(self.language_model, kind)
+            self.batches[kind].join(row)
         self.arrivals = []
         self._admit()
         events = self._decode() if self.fair or not self.reading else []
@@ -308,20 +338,22 @@ class Engine:
             next(pieces)
             return []
         except StopIteration:
-            event = self._first(row)
+            events = self._first(row)
         except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
-            event = Event(row, error=error)
+            events = [Event(row, error=error)]
             row.finished = True
         self.reading.popleft()
         if not row.finished:
             self.arrivals.append(row)
-        return [event]
+        elif row.keep_answer and row.offset > row.length:
+            self._remember(row, row.offset)
+        return events
 
-    def _first(self, row: Row) -> Event:
+    def _first(self, row: Row) -> list[Event]:
         """Tells a row its first token, or that its prompt is read, if that is all it wanted."""
         if row.y is None or row.logprobs is None:
             row.finished = True
-            return Event(row)
+            return [Event(row)]
         row.unread = False
         return tell(row, cast(int, row.y.item()), row.logprobs)
 
@@ -341,6 +373,11 @@ class Engine:
                 self._remember(row, stop)
             start = stop
 
+    def _jump(self, row: Row) -> Iterator[None]:
+        """Reads the last tokens of an answer, which are known, in one pass."""
+        tokens = row.tokens[row.offset - row.length :]
+        yield from self._pieces(row, self.language_model.embed(mx.array(tokens)), True)
+
     def _remember(self, row: Row, length: int) -> None:
         """Keeps what a row's cache holds, so many positions."""
         if self.prefixes is not None and row.prompt is not None:
@@ -352,8 +389,8 @@ class Engine:
             self.language_model, embeddings, row.cache, row.cache_options, self.prefill_step_size
         )
         for hidden in pieces:
-            if is_last and row.cache[0].offset == row.length:
-                row.history = mx.array(row.token_ids)
+            if is_last and row.cache[0].offset == row.length + len(row.tokens):
+                row.history = mx.array([*row.token_ids, *row.tokens])
                 row.y = row.choose(self.language_model.logits(hidden[:, -1]))
                 row.offset = row.cache[0].offset
                 mx.async_eval(row.y)
@@ -377,7 +414,11 @@ class Engine:
             for row in batch.leave(_becomes_quantized):
                 quantize_caches(row.cache, row.cache_options)
                 self.arrivals.append(row)
-            if not batch.rows:
+            # a pass of its own costs all rows as much as a step, and saves this one as many
+            jumping = [row for row in batch.rows if 0 < len(batch.rows) <= len(row.forced)]
+            for row in batch.leave(jumping.__contains__):
+                self.reading.appendleft((row, self._jump(row)))
+            if not batch.rows and not jumping:  # otherwise the row is back soon
                 del self.batches[kind]
         self.steps += 1
         if self.steps % CLEAR_CACHE_EVERY == 0:
@@ -488,21 +529,27 @@ class Batch:
         logits, self.states = self.traced(
             self.weights, self.y, table, cache, self.states, self.kind
         )
-        for row in self.rows:
+        if any(row.waits for row in self.rows):
+            mx.async_eval(logits)  # meanwhile, processors look at tokens
+        forced = [row.forced[:1] for row in self.rows]
+        for row, tokens in zip(self.rows, forced, strict=True):
             row.offset += 1
-            row.unread = True
-        self._choose(logits)
+            row.unread = not tokens
+        self._choose(logits, forced)
         mx.async_eval(self.y)
 
-    def _choose(self, logits: mx.array) -> None:
-        """Logits (rows, vocab) -> the tokens that go in next."""
+    def _choose(self, logits: mx.array, forced: list[list[int]]) -> None:
+        """Logits (rows, vocab) -> the tokens that go in next, if they are not known already."""
         if all(row.is_plain for row in self.rows):
             logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             for i, row in enumerate(self.rows):
                 row.logprobs = logprobs if len(self.rows) == 1 else logprobs[i : i + 1]
             self.y = mx.argmax(logits, axis=-1)
             return
-        parts = [row.choose(logits[i : i + 1]) for i, row in enumerate(self.rows)]
+        parts = [
+            mx.array(tokens, mx.uint32) if tokens else row.choose(logits[i : i + 1])
+            for i, (row, tokens) in enumerate(zip(self.rows, forced, strict=True))
+        ]
         self.y = parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
     def _pending(self) -> tuple[mx.array, list[tuple[Row, mx.array | None]]]:
@@ -519,19 +566,33 @@ class Batch:
                 row.unread = False
         tokens = cast("list[int]", y.tolist()) if len(rows) > 1 else [cast(int, y.item())]
         return [
-            tell(row, token, logprobs)
+            event
             for (row, logprobs), token in zip(rows, tokens, strict=True)
             if logprobs is not None
+            for event in tell(row, token, logprobs)
         ]
 
 
-def tell(row: Row, token: int, logprobs: mx.array) -> Event:
-    """Gives a row its next token; an error in taking it ends this row alone."""
+def tell(row: Row, token: int, logprobs: mx.array) -> list[Event]:
+    """Gives a row its next tokens; an error in taking them ends this row alone."""
+    events: list[Event] = []
     try:
-        return Event(row, row.take(token, logprobs[0]))
+        for n, following in enumerate(row.follow(token)):
+            chosen = n == 0 and following == token
+            told = logprobs[0] if chosen else certain(following, logprobs)
+            response = row.take(following, told)
+            events.append(Event(row, response))
+            if row.finished:
+                break
     except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
         row.finished = True
-        return Event(row, error=error)
+        events.append(Event(row, error=error))
+    return events
+
+
+def certain(token: int, logprobs: mx.array) -> mx.array:
+    """Log-probabilities (vocab,) of a token that has no alternative."""
+    return mx.where(mx.arange(logprobs.shape[-1]) == token, 0.0, -math.inf)
 
 
 def _becomes_quantized(row: Row) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from ..errors import PromptError
@@ -15,6 +15,7 @@ from ..options import (
     ImageOptions,
     Sampling,
 )
+from .constraint import Constraint
 from .image_processor import NO_OPTIONS, ImageInput
 from .messages import Conversation
 from .processor import Lfm2VlProcessor, Prompt
@@ -38,6 +39,16 @@ class AnswerSettings(TypedDict, total=False):
         seed: makes sampling repeatable, whatever else happens.
         stop: a text or several that end the answer; they are not part of it.
         logits_processors: functions of (tokens so far, logits) that return logits, as mlx-lm's.
+        schema: the answer is JSON of this schema: a dict, JSON text, the path of a file, a
+            dataclass or pydantic class; True for any JSON. Numbers without bounds lie within ±10¹⁵
+            and have six digits behind the point; objects that name properties have no others.
+        regex: the whole answer matches this regular expression, without look-around.
+        choice: the answer is one of these texts.
+        grammar: the answer follows this grammar, in llguidance's variant of Lark's notation.
+        close: bring the answer to a whole end before `max_tokens` cuts it, as far as possible;
+            without the model, so what is still missing is made up, as short as the form allows.
+            None does so for JSON.
+        constraint: what these become; given instead of them.
     """
 
     max_tokens: int
@@ -56,6 +67,12 @@ class AnswerSettings(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str]
     logits_processors: Sequence[Callable[[mx.array, mx.array], mx.array]]
+    schema: Any
+    regex: str | None
+    choice: Sequence[str] | None
+    grammar: str | None
+    close: bool | None
+    constraint: Constraint | None
 
 
 class QuestionSettings(AnswerSettings, total=False):
@@ -78,6 +95,7 @@ class QuestionSettings(AnswerSettings, total=False):
 
 
 SAMPLING_FIELDS = tuple(f.name for f in fields(Sampling))
+CONSTRAINT_FIELDS = ("schema", "regex", "choice", "grammar", "close", "constraint")
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -96,6 +114,7 @@ class Question:
     seed: int | None
     stop: tuple[str, ...]
     logits_processors: tuple[Callable[[mx.array, mx.array], mx.array], ...]
+    constraint: Constraint | None
     tools: Tools | None
     image_options: ImageOptions
     image_features: mx.array | None
@@ -116,6 +135,7 @@ class Question:
             ConfigError: sampling out of its bounds.
         """
         changes = {name: settings.pop(name, None) for name in SAMPLING_FIELDS}  # type: ignore[misc]
+        form = {name: settings.pop(name, None) for name in CONSTRAINT_FIELDS}  # type: ignore[misc]
         sampling = settings.pop("sampling", None)
         _check("sampling", sampling, (Sampling, type(None)), "Sampling(…)")
         values: dict[str, Any] = {
@@ -126,6 +146,7 @@ class Question:
             "seed": settings.pop("seed", None),
             "stop": _texts(settings.pop("stop", ())),
             "logits_processors": tuple(settings.pop("logits_processors", ())),
+            "constraint": Constraint.of(**form),
             "tools": settings.pop("tools", None),
             "image_options": settings.pop("image_options", NO_OPTIONS),
             "image_features": settings.pop("image_features", None),
@@ -133,7 +154,8 @@ class Question:
             "measure_vision": settings.pop("measure_vision", False),
         }
         if settings:
-            known = ", ".join(sorted({*values, *SAMPLING_FIELDS} - {"prompt", "images"}))
+            names = {*values, *SAMPLING_FIELDS, *CONSTRAINT_FIELDS} - {"prompt", "images"}
+            known = ", ".join(sorted(names))
             raise TypeError(f"{next(iter(settings))!r} is no setting; these are: {known}")
         self.__dict__.update(values)
         self._check()
@@ -168,6 +190,11 @@ class Question:
         return processor(
             self.prompt, self.images, tools=self.tools, image_options=self.image_options
         )
+
+    def prepared(self, processor: Lfm2VlProcessor) -> Question:
+        """The same question, its prompt made."""
+        prompt = self.prepare(processor)
+        return replace(self, prompt=prompt, images=None, tools=None, image_options=NO_OPTIONS)
 
 
 def _texts(stop: str | Sequence[str]) -> tuple[str, ...]:

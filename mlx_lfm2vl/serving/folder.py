@@ -24,6 +24,7 @@ from ..options import ImageOptions, Sampling
 
 if TYPE_CHECKING:
     from ..generation.batch import BatchResult
+    from ..prompts.constraint import Constraint
     from ..prompts.processor import Lfm2VlProcessor, Prompt
     from ..prompts.question import Question
 
@@ -50,11 +51,15 @@ class Task:
     stop: tuple[str, ...]
     sampling: Sampling
     image_options: ImageOptions
+    constraint: Constraint | None = None
 
     @property
     def settings(self) -> str:
         """A short hash of all fields."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        fields = asdict(self)
+        if self.constraint is None:
+            del fields["constraint"]  # as files know it that are older than the field
+        text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
     @property
@@ -74,6 +79,7 @@ class Task:
             seed=self.seed,
             stop=self.stop,
             sampling=self.sampling,
+            constraint=self.constraint,
         )
 
 
@@ -288,15 +294,16 @@ def answer_all(
     for result in stream_batch(model, processor, questions, batch_size=batch_size):
         counts.answered += 1
         image, asked[result.index] = asked[result.index], Prepared("", None)
-        write(image, _entry(result))
+        write(image, _entry(result, task.constraint))
         check()
     return counts
 
 
-def _entry(result: BatchResult) -> dict[str, Any]:
+def _entry(result: BatchResult, constraint: Constraint | None) -> dict[str, Any]:
     return {
         "text": result.text,
         "finish_reason": result.finish_reason,
+        **({} if constraint is None else constraint.result(result.text, result.closed)),
         "prompt_tokens": result.prompt_tokens,
         "image_tokens": sum(result.image_tokens),
         "generation_tokens": len(result.tokens),

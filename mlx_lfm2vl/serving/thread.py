@@ -223,7 +223,7 @@ class EngineThread(threading.Thread):
             job = self.active[row]
             if response is not None:
                 self._tell(job, response)
-            if not row.finished:
+            if response is not None and response.finish_reason is None:
                 continue
             del self.active[row]
             usage = Usage.of(cast(AnswerRow, row))

@@ -138,7 +138,7 @@ class Worker:
             return pending
         job = Job(
             pending,
-            partial(prepared, question),
+            question.prepared,
             keep_answer=keep_answer,
             keep_prompt=keep_prompt,
             logprobs=logprobs,
@@ -304,14 +304,8 @@ class _Image:
             return processed
 
 
-def prepared(question: Question, processor: Lfm2VlProcessor) -> Question:
-    """The same question, its prompt made."""
-    prompt = question.prepare(processor)
-    return replace(question, prompt=prompt, images=None, tools=None, image_options=NO_OPTIONS)
-
-
 def _prepared(question: Question, processor: Lfm2VlProcessor) -> Question:
-    """As `prepared`, for a session's question."""
+    """As `Question.prepared`, for a session's question."""
     messages = cast("list[Message]", question.prompt)
     read = [map_images(message, lambda image: image.read(processor)) for message in messages]
-    return prepared(replace(question, prompt=read), processor)
+    return replace(question, prompt=read).prepared(processor)

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import re
-import signal
 import socket
 import time
 from collections.abc import MutableMapping, Sequence
@@ -19,6 +18,9 @@ from .options import add_adapters, add_model, model_from, number, path, whole
 from .terminal import Parser, make_parser, run_command, tell
 
 if TYPE_CHECKING:
+    import uvicorn
+
+    from ..serving.http.gate import Log
     from ..serving.http.options import ServerOptions
     from ..serving.http.service import Service
 
@@ -124,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
 
         webbrowser.open(url)
     try:
-        serve(service, listening, _log_json if args.log_json else _log)
+        make_server(service, _log_json if args.log_json else _log).run(sockets=[listening])
     finally:
         service.close()
     if service.error is not None:
@@ -156,8 +158,8 @@ def _listen(options: ServerOptions) -> socket.socket:
         raise ConfigError(f"{options.host}:{options.port} cannot be listened at: {why}") from None
 
 
-def serve(service: Service, listening: socket.socket, log: Any) -> None:
-    """Runs uvicorn until a signal: the first lets answers end, the second ends at once."""
+def make_server(service: Service, log: Log) -> uvicorn.Server:
+    """A server that a first signal has answers end, and a second one end at once."""
     import uvicorn
 
     from ..serving.http.app import make_app
@@ -168,7 +170,7 @@ def serve(service: Service, listening: socket.socket, log: Any) -> None:
         def handle_exit(self, sig: int, frame: object) -> None:
             if self.deadline is not None:
                 self.should_exit = self.force_exit = True
-            elif sig in (signal.SIGINT, signal.SIGTERM):
+            else:
                 service.draining = True
                 self.deadline = time.monotonic() + service.options.timeout_graceful
 
@@ -187,7 +189,7 @@ def serve(service: Service, listening: socket.socket, log: Any) -> None:
         make_app(service, log), log_config=None, access_log=False, lifespan="off",
         timeout_graceful_shutdown=LAST_SECONDS, server_header=False,
     )  # fmt: skip
-    Server(config).run(sockets=[listening])
+    return Server(config)
 
 
 def _log(entry: MutableMapping[str, Any]) -> None:

@@ -23,7 +23,8 @@ from .body import read_json
 from .chat import ChatWriter, read_chat
 from .errors import HttpError, as_http
 from .gate import Gate, Log, error_response
-from .running import Choice, Run
+from .responses import ResponsesWriter, read_responses, responses_event
+from .running import Run, Update
 from .service import Service
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class Writer(Protocol):
     def begin(self) -> list[dict[str, Any]]:
         """The first events of a stream."""
 
-    def news(self, choice: Choice, text: str, scores: list[Any]) -> list[dict[str, Any]]:
+    def news(self, update: Update) -> list[dict[str, Any]]:
         """Events for what has come of an answer."""
 
     def end(self) -> list[dict[str, Any]]:
@@ -55,6 +56,8 @@ def make_app(service: Service, log: Log) -> Starlette:
         Route("/v1/models/{name:path}", endpoints.model),
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
         Route("/v1/chat/completions/input_tokens", endpoints.chat_tokens, methods=["POST"]),
+        Route("/v1/responses", endpoints.responses, methods=["POST"]),
+        Route("/v1/responses/input_tokens", endpoints.responses_tokens, methods=["POST"]),
     ]
     middleware = [Middleware(Gate, service=service, log=log)]
     origins = service.options.cors_origins
@@ -127,6 +130,14 @@ class Endpoints:
     async def chat_tokens(self, request: Request) -> Response:
         """What a chat completion's prompt would cost."""
         return await self._count(request, read_chat)
+
+    async def responses(self, request: Request) -> Response:
+        """Responses."""
+        return await self._answer(request, read_responses, ResponsesWriter, responses_event, b"")
+
+    async def responses_tokens(self, request: Request) -> Response:
+        """What a response's prompt would cost."""
+        return await self._count(request, read_responses)
 
     async def _count(self, request: Request, read: Callable[[Any], Ask]) -> Response:
         self.service.check_ready()
@@ -213,7 +224,7 @@ async def stream(
             async for updates in found:
                 if not updates:
                     yield f": keepalive {run.progress()}\n\n".encode()
-                bodies = [body for update in updates for body in writer.news(*update)]
+                bodies = [body for update in updates for body in writer.news(update)]
                 if bodies:
                     yield b"".join(map(event, bodies))
         yield b"".join(map(event, writer.end())) + last

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ...errors import Lfm2VlError
+from ...errors import ConfigError
 from ...options import IMAGE_BOUNDS, ImageOptions
-from .errors import HttpError, as_http, refused
+from .errors import HttpError, refused
 from .fields import Fields
 from .images import DETAILS, ImagePart
 
@@ -111,8 +111,8 @@ def read_image_options(given: Fields) -> ImageOptions:
     inner.end()
     try:
         return ImageOptions(**found)
-    except Lfm2VlError as error:
-        raise as_http(error, "image_options") from None
+    except ConfigError as error:
+        raise HttpError(400, f"image_options.{error}", "image_options", "invalid_value") from None
 
 
 def read_image(url: Any, detail: Any, options: ImageOptions, param: str) -> dict[str, Any]:
@@ -138,3 +138,33 @@ def read_stream(given: Fields) -> tuple[bool, bool]:
     usage = inner.get("include_usage", bool, default=False)
     inner.end()
     return stream, usage
+
+
+def read_form(given: Fields, form: Any, param: str) -> dict[str, Any]:
+    """The form of the answer: OpenAI's object, or `regex`, `choice` or `grammar` beside it."""
+    others = {
+        "regex": given.get("regex", str),
+        "choice": given.get("choice", list),
+        "grammar": given.get("grammar", str),
+    }
+    found = {name: value for name, value in others.items() if value is not None}
+    if form is None:
+        return found
+    inner = Fields(form, param)
+    kind = inner.need("type", str)
+    if kind == "json_schema":
+        # chat completions have it one level deeper than responses
+        outer, inner = inner, Fields(inner.get("json_schema", dict, default=form), param)
+        outer.left -= inner.left
+        inner.left.discard("type")
+        for name, what in (("name", str), ("description", str), ("strict", bool)):
+            inner.get(name, what)
+        found["schema"] = inner.need("schema", dict)
+        outer.end()
+    elif kind == "json_object":
+        found["schema"] = {"type": "object"}
+    elif kind != "text":
+        right = "must be text, json_object or json_schema"
+        raise refused(inner.name("type"), right, kind)
+    inner.end()
+    return found

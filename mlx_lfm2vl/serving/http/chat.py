@@ -14,6 +14,7 @@ from .asking import (
     read_bias,
     read_common,
     read_count,
+    read_form,
     read_image,
     read_image_options,
     read_sampling,
@@ -22,7 +23,7 @@ from .asking import (
 )
 from .errors import HttpError, refused
 from .fields import Fields
-from .running import Choice, Run
+from .running import Choice, Run, Update
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -39,7 +40,7 @@ def read_chat(body: Any) -> Ask:
         modalities=(["text"],), audio=(), prediction=(), web_search_options=(), functions=(),
         function_call=(), reasoning_effort=("none",), verbosity=("medium",),
     )  # fmt: skip
-    image_options = read_image_options(given)
+    messages, image_options = given.need("messages", list), read_image_options(given)
     stream, include_usage = read_stream(given)
     wants_logprobs = given.get("logprobs", bool, default=False)
     top_logprobs = read_count(given, "top_logprobs", 0, MAX_TOP_LOGPROBS)
@@ -47,12 +48,13 @@ def read_chat(body: Any) -> Ask:
         raise refused("top_logprobs", "needs logprobs", top_logprobs)
     ask = Ask(
         model=given.get("model", str),
-        messages=read_messages(given.need("messages", list), image_options),
+        messages=[],
         settings={
             **read_sampling(given),
             "logit_bias": read_bias(given),
             "seed": read_count(given, "seed", -(2**63), 2**63 - 1),
             "stop": read_stop(given),
+            **read_form(given, given.get("response_format", dict), "response_format"),
         },
         max_tokens=_max_tokens(given),
         n=read_count(given, "n", 1, MAX_CHOICES, 1),
@@ -61,6 +63,7 @@ def read_chat(body: Any) -> Ask:
         top_logprobs=(top_logprobs or 0) if wants_logprobs else None,
     )
     given.end()
+    ask.messages = read_messages(messages, image_options)
     return ask
 
 
@@ -140,25 +143,26 @@ class ChatWriter:
 
     def whole(self) -> dict[str, Any]:
         """All of it, when all answers have ended."""
-        choices = [
-            {
-                "index": choice.index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "finish_reason": choice.finish_reason,
-                "logprobs": self._logprobs(choice.scores(0)),
-            }
-            for choice in self.run.choices
-        ]
+        choices = [self._choice(choice.whole()) for choice in self.run.choices]
         usage = {"usage": self.run.usage(), "timings": self.run.timings()}
         return {**self._body("chat.completion", choices), **usage}
+
+    def _choice(self, update: Update) -> dict[str, Any]:
+        message = {"role": "assistant", "content": update.text, "refusal": None}
+        return {
+            "index": update.choice.index, "message": message,
+            "finish_reason": update.choice.finish_reason,
+            "logprobs": self._logprobs(update.scores),
+        }  # fmt: skip
 
     def begin(self) -> list[dict[str, Any]]:
         """The first chunks, before anything is known."""
         delta = {"role": "assistant", "content": ""}
         return [self._chunk(choice, delta) for choice in self.run.choices]
 
-    def news(self, choice: Choice, text: str, scores: Sequence[Any]) -> list[dict[str, Any]]:
+    def news(self, update: Update) -> list[dict[str, Any]]:
         """Chunks for what has come of an answer."""
+        choice, text, scores = update
         chunks = []
         if text or scores:
             chunks.append(self._chunk(choice, {"content": text}, None, scores))

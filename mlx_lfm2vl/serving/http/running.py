@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -33,19 +33,19 @@ class Choice:
         self.last: GenerationResponse | None = None
         self._told = 0
 
-    def take(self, responses: Iterable[GenerationResponse]) -> Update:
+    def take(self, responses: Sequence[GenerationResponse]) -> Update:
         """Takes what has come; returns it, all at once."""
         text = "".join(response.text for response in responses)
-        for self.last in responses:
-            self.finish_reason = self.last.finish_reason
+        self.last = responses[-1]
+        self.finish_reason = self.last.finish_reason
         self.text += text
-        scores = self.scores(self._told)
+        scores = [] if self._scores is None else self._scores.found[self._told :]
         self._told += len(scores)
         return Update(self, text, scores)
 
-    def scores(self, start: int) -> list[dict[str, Any]]:
-        """Log-probabilities of its tokens from one on, if they were asked for."""
-        return [] if self._scores is None else self._scores.found[start:]
+    def whole(self) -> Update:
+        """All that has come."""
+        return Update(self, self.text, [] if self._scores is None else self._scores.found)
 
 
 class Update(NamedTuple):

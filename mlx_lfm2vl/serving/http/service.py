@@ -145,7 +145,7 @@ class Service:
                             "n", "invalid_value")  # fmt: skip
         with self.place(ask.n - 1):
             prompt = await self.prompt(ask)
-            questions = self._questions(ask, prompt)
+            questions = await asyncio.to_thread(self._questions, ask, prompt)
         run = Run(ask, self.name, [], started, self.options.request_timeout)
         for index, question in enumerate(questions):
             assert self.processor is not None

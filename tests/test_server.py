@@ -178,7 +178,7 @@ class TestChat:
     def test_a_conversation_with_a_system_message(self, client, parts):
         turns = [
             {"role": "developer", "content": "Answer briefly."},
-            {"role": "user", "content": [{"type": "text", "text": text} for text in ("Say ", "it")]},
+            {"role": "user", "content": [{"type": "text", "text": t} for t in ("Say ", "it")]},
             {"role": "assistant", "content": "It.", "refusal": None, "tool_calls": None},
             {"role": "user", "content": "Again", "name": "somebody"},
         ]  # fmt: skip
@@ -261,7 +261,7 @@ class TestResponses:
     def test_streamed(self, client, parts):
         with client.responses.stream(
             model="demo", input="Hello there", instructions="Be kind.", temperature=0,
-            max_output_tokens=2,
+            max_output_tokens=1,
         ) as stream:  # fmt: skip
             events = list(stream)
         kinds = [event.type for event in events]
@@ -276,7 +276,7 @@ class TestResponses:
         assert [event.sequence_number for event in events] == list(range(len(events)))
         conversation = [{"role": "system", "content": "Be kind."}]
         conversation += [{"role": "user", "content": "Hello there"}]
-        alone = generate(*parts, conversation, temperature=0, max_tokens=2)
+        alone = generate(*parts, conversation, temperature=0, max_tokens=1)
         assert events[-1].response.output_text == alone
         assert events[-1].response.incomplete_details.reason == "max_output_tokens"
         strict(Response, events[-1].response)
@@ -361,7 +361,7 @@ def test_every_parameter_of_the_client_is_known(served):
     from openai.types.responses.response_create_params import ResponseCreateParamsBase
 
     for path, kind, body in (
-        ("/v1/chat/completions", CompletionCreateParamsBase, {"messages": [], "n": 0}),
+        ("/v1/chat/completions", CompletionCreateParamsBase, {"messages": []}),
         ("/v1/responses", ResponseCreateParamsBase, {"input": []}),
     ):
         for name in kind.__annotations__.keys() - body.keys():

@@ -23,15 +23,17 @@ from ..options import (
 if TYPE_CHECKING:
     from ..generation.answer import GenerationResponse
     from ..prompts.processor import Lfm2VlProcessor, Prompt
-    from ..prompts.question import AnswerSettings
+    from ..prompts.question import AnswerSettings, Tools
 from .options import (
     add_adapters,
     add_cache_options,
     add_image_options,
     add_model,
     add_sampling,
+    add_tools,
     options_from,
     positive,
+    tools_from,
 )
 from .terminal import run_command
 
@@ -91,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_sampling(parser)
     add_image_options(parser)
     add_cache_options(parser)
+    add_tools(parser)
     return parser
 
 
@@ -106,8 +109,9 @@ def run(args: argparse.Namespace) -> None:
     image_options = options_from(args, ImageOptions)
     cache_options = options_from(args, CacheOptions)
     sampling = options_from(args, Sampling)  # a wrong value is told before the model is loaded
+    tools, constraint = tools_from(args)
     if args.chat:
-        _chat(args, image_options, cache_options, sampling)
+        _chat(args, image_options, cache_options, sampling, tools, constraint)
         return
     messages = _messages(args)
     images = _images(args)
@@ -118,19 +122,16 @@ def run(args: argparse.Namespace) -> None:
     model, processor = load(
         args.model, dtype=args.dtype, revision=args.revision, adapter_path=args.adapter_path
     )
-    prompt = processor(messages, images, image_options=image_options)
+    prompt = processor(messages, images, tools=tools, image_options=image_options)
     if args.verbose:
         _write_settings(processor.generation_config, sampling)
     responses = stream_generate(
         model,
         processor,
         prompt,
-        max_tokens=args.max_tokens,
-        seed=args.seed,
-        stop=args.stop,
         cache_options=cache_options,
         measure_vision=args.verbose or args.json,
-        sampling=sampling,
+        **_answer_settings(args, sampling, constraint),
     )
     if args.json:
         last = _print_json(args.model, processor, prompt, sampling, responses)
@@ -145,6 +146,8 @@ def _chat(
     image_options: ImageOptions,
     cache_options: CacheOptions,
     sampling: Sampling,
+    tools: Tools | None,
+    constraint: AnswerSettings,
 ) -> None:
     if args.json or "-" in (args.prompt, *args.image):
         raise PromptError("--chat reads standard input itself, without --json and -")
@@ -156,16 +159,28 @@ def _chat(
     model, processor = load(
         args.model, dtype=args.dtype, revision=args.revision, adapter_path=args.adapter_path
     )
-    settings: AnswerSettings = {
+    settings = _answer_settings(args, sampling, constraint)
+    session = Session(
+        model,
+        processor,
+        args.system,
+        tools=tools,
+        image_options=image_options,
+        cache_options=cache_options,
+    )
+    Chat(session, settings, args.verbose).run(args.image, args.prompt)
+
+
+def _answer_settings(
+    args: argparse.Namespace, sampling: Sampling, constraint: AnswerSettings
+) -> AnswerSettings:
+    return {
         "max_tokens": args.max_tokens,
         "sampling": sampling,
         "seed": args.seed,
         "stop": args.stop,
+        **constraint,
     }
-    session = Session(
-        model, processor, args.system, image_options=image_options, cache_options=cache_options
-    )
-    Chat(session, settings, args.verbose).run(args.image, args.prompt)
 
 
 def _images(args: argparse.Namespace) -> list[Any]:
@@ -206,14 +221,16 @@ def _print_json(
     sampling: Sampling,
     responses: Iterator[GenerationResponse],
 ) -> GenerationResponse:
-    text, tokens = "", []
+    text, tokens, calls = "", [], list[dict[str, Any]]()
     for response in responses:
         text += response.text
         tokens.append(response.token)
+        calls += [call.to_dict() for call in response.tool_calls]
     answer = {
         "model": model,
         "text": text,
         "tokens": tokens,
+        "tool_calls": calls,
         "finish_reason": response.finish_reason,
         "prompt_tokens": response.prompt_tokens,
         "image_tokens": list(response.image_tokens),

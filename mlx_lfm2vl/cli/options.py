@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ..errors import PromptError
+
+if TYPE_CHECKING:
+    from ..prompts.question import AnswerSettings, Tools
 
 T = TypeVar("T")
 DEFAULT_MODEL = "LiquidAI/LFM2.5-VL-450M"
@@ -91,6 +97,34 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="position from which on --kv-bits holds (default: 5000)",
     )
+
+
+def add_tools(parser: argparse.ArgumentParser) -> None:
+    """Which functions the model may call."""
+    group = parser.add_argument_group("tools")
+    group.add_argument("--tools", metavar="FILE", help="JSON schemas of functions, in a list")
+    group.add_argument(
+        "--tool-choice",
+        default="auto",
+        metavar="CHOICE",
+        help="none, auto, required, or the name of a tool (default: auto)",
+    )
+
+
+def tools_from(args: argparse.Namespace) -> tuple[Tools | None, AnswerSettings]:
+    """The tools that the model is shown, and the grammar of its calls as settings of an answer."""
+    if args.tools is None:
+        if args.tool_choice not in ("auto", "none"):
+            raise PromptError(f"--tool-choice {args.tool_choice} needs --tools")
+        return None, {}
+    from ..generation.tools import read_tools, tool_settings
+
+    try:
+        text = Path(args.tools).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{args.tools} cannot be read: {error}") from None
+    settings = tool_settings(read_tools(text, args.tools), args.tool_choice)
+    return settings.pop("tools", None), settings
 
 
 def options_from(args: argparse.Namespace, kind: type[T]) -> T:

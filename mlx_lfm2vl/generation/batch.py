@@ -14,6 +14,7 @@ from ..options import Bound
 from ..prompts.messages import Conversation
 from ..prompts.processor import Lfm2VlProcessor, Prompt
 from ..prompts.question import Question
+from ..prompts.tool_calls import ToolCall
 from .engine import Engine, Row
 from .generate import as_question, wired_limit
 
@@ -33,6 +34,7 @@ class BatchResult:
         finish_reason: "stop" or "length".
         prompt_tokens: positions of the prompt.
         image_tokens: image tokens of each image.
+        tool_calls: what the answer calls; they stand in the text, too.
     """
 
     index: int
@@ -41,6 +43,7 @@ class BatchResult:
     finish_reason: str
     prompt_tokens: int
     image_tokens: tuple[int, ...]
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 def batch_generate(
@@ -83,19 +86,20 @@ def stream_batch(
     # all prompts are read before a step: nobody watches a single answer grow
     engine = Engine(model, processor, max_rows=batch_size, fair=False)
     waiting = enumerate(questions)
-    pieces: dict[Row, tuple[int, list[str]]] = {}
+    pieces: dict[Row, tuple[int, list[str], list[ToolCall]]] = {}
     with wired_limit(model):
         while True:
             while len(pieces) < batch_size and (following := next(waiting, None)) is not None:
                 index, question = following
-                pieces[engine.add(as_question(question))] = index, []
+                pieces[engine.add(as_question(question))] = index, [], []
             if not pieces:
                 return
             for row, response, error in engine.step():
                 if error is not None:
                     raise error
-                index, texts = pieces[row]
+                index, texts, calls = pieces[row]
                 texts.append(response.text)
+                calls += response.tool_calls
                 if row.finished:
                     del pieces[row]
                     yield BatchResult(
@@ -105,6 +109,7 @@ def stream_batch(
                         response.finish_reason,
                         response.prompt_tokens,
                         response.image_tokens,
+                        tuple(calls),
                     )
 
 

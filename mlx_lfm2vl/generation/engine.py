@@ -171,9 +171,9 @@ class AnswerRow(Row):
 
     def take(self, token: int, logprobs: mx.array) -> GenerationResponse:
         super().take(token, logprobs)
-        text, finish_reason = self.answer.add(token)
-        self.finished = finish_reason is not None
-        return self.clock.response(text, token, logprobs, finish_reason)
+        piece = self.answer.add(token)
+        self.finished = piece.finish_reason is not None
+        return self.clock.response(piece, token, logprobs)
 
 
 class Event(NamedTuple):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 from .messages import Conversation, _image_list, _without_images
+from .tool_calls import CallStyle, call_style, carry_calls
 
 
 @dataclass(frozen=True)
@@ -312,4 +313,8 @@ class Lfm2VlProcessor:
                 f"{len(given)} images were given, but the messages have places for only "
                 f"{len(given) - unused}; add an item {{'type': 'image'}} for each"
             )
-        return conversation, found
+        return carry_calls(conversation, lambda: self._call_style), found
+
+    @cached_property
+    def _call_style(self) -> CallStyle:
+        return call_style(self.tokenizer.render)

@@ -68,7 +68,7 @@ ROOMS = (
     *("_version", "errors", "files", "options", "prompts", "models", "checkpoints", "generation"),
     *("serving", "conversion", "training", "measuring", "cli"),
 )
-DOORS = ("batch", "benchmark", "convert", "fuse", "generate", "train")
+DOORS = ("batch", "benchmark", "convert", "detect", "fuse", "generate", "train")
 Module = tuple[str, ...]
 
 

@@ -324,7 +324,7 @@ def detect(
         PromptError: nothing to look for.
         ImageError: the image cannot be read.
     """
-    queries = [labels] if isinstance(labels, str) else list(labels)
+    queries: list[Any] = list(labels) if isinstance(labels, (list, tuple)) else [labels]
     if not queries or not all(isinstance(query, str) and query.strip() for query in queries):
         raise PromptError(f"labels are {labels!r:.200}; say what to look for, such as 'red car'")
     thousandths, picture = answers_thousandths(model), load_image(cast(Any, image))
@@ -383,7 +383,7 @@ def parse_layout(text: str, sizes: Sequence[Size]) -> list[Block]:
     heads = list(BLOCK.finditer(text))
     ends = [*(head.start() for head in heads[1:]), len(text)]
     blocks = []
-    for head, end in zip(heads, ends, strict=True):
+    for head, end in zip(heads, ends, strict=False):
         page = int(head[1][:9])
         item = f'{{"bbox_2d": [{head[3]}], "label": {json.dumps(head[2])}}}'
         if page < len(sizes) and (boxes := parse_boxes(item, sizes[page])):
@@ -445,7 +445,7 @@ def extract(
     settings: Any = {"max_tokens": max_tokens, "temperature": 0.0, "image_options": image_options}
     text = generate(model, processor, messages, **settings, **guided(schema=schema))
     value, _ = _object_at(json.JSONDecoder(), text, max(text.find("{"), 0))
-    if not value:
+    if not value or not isinstance(value, dict):
         raise AnswerError(f"the answer is no JSON object: {text!r:.200}")
     return value
 
@@ -470,16 +470,16 @@ def draw(image: ImageInput, boxes: Sequence[Box], min_side: int = 640) -> Image.
     labels = list(dict.fromkeys(box.label for box in boxes))
     for box in boxes:
         color = COLORS[labels.index(box.label) % len(COLORS)]
-        x1, y1, x2, y2 = (value * zoom for value in box.xyxy)
-        for inset, width, ink in ((0, line + 2, "white"), (1, line, color)):
+        x1, y1, x2, y2 = (float(value * zoom) for value in box.xyxy)
+        for inset, thick, ink in ((0, line + 2, "white"), (1, line, color)):
             frame = (x1 - line + inset, y1 - line + inset, x2 + line - inset, y2 + line - inset)
-            brush.rectangle(frame, outline=ink, width=width)
+            brush.rectangle(frame, outline=ink, width=thick)
         name = box.label if box.score is None else f"{box.label} {box.score:.2f}"
-        _, _, width, height = brush.textbbox((0, 0), name, font=font)
-        left = min(max(x1 - line, 0), max(drawn.width - width - 2 * line, 0))
-        top = y1 - height - 3 * line
-        top = top if top >= 0 else y1
-        brush.rectangle((left, top, left + width + 2 * line, top + height + 2 * line), color)
+        _, _, width, height = brush.textbbox((line, line), name, font=font)
+        left = min(max(x1 - line, 0), max(drawn.width - width - line, 0))
+        above = y1 - height - 2 * line
+        top = above if above >= 0 else y1
+        brush.rectangle((left, top, left + width + line, top + height + line), color)
         brush.text((left + line, top + line), name, fill="white", font=font)
     return drawn
 

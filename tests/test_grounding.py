@@ -306,7 +306,7 @@ def test_scores_are_the_probabilities_of_the_coordinates(demo):
 
 def test_scores_order_boxes(demo):
     """Fewer pictures than `precision.py` takes."""
-    found, things = precision.find(*demo, 30)
+    found, things = precision.find(*demo, 40)
     scored, constant = precision.both(found, things)
     assert scored > constant
     assert scored > 0.85

@@ -2,7 +2,9 @@
 
 import json
 import random
+from collections.abc import Mapping
 from datetime import datetime
+from typing import Any, Literal
 
 import pytest
 
@@ -529,9 +531,7 @@ def test_choices(accepts):
     assert accepts(tool_grammar([]), "Hi")
     assert tool_settings(TOOLS, "none") == {}
     assert tool_settings(TOOLS)["tools"] == TOOLS
-    with pytest.raises(
-        PromptError, match=r"must be one of none, auto, required, get\.weather, stop"
-    ):
+    with pytest.raises(PromptError, match="must be one of none, auto, required, get"):
         tool_grammar(TOOLS, "any")
 
 
@@ -599,18 +599,12 @@ def test_schema_of_a_function_equals_that_of_transformers():
 
 
 def test_schema_of_a_function():
-    import enum
-    from typing import Any, Literal
-
-    class Colour(enum.Enum):
-        RED = "red"
-
     def many(
         a: Literal["x", 1],
         b: str | None,
         c: dict[str, list[int]],
         d: Any,
-        e: Colour,
+        e: Mapping[str, Any],
         *,
         f: list = (),
     ):
@@ -634,7 +628,7 @@ def test_schema_of_a_function():
                 "additionalProperties": {"type": "array", "items": {"type": "integer"}},
             },
             "d": {},
-            "e": {"enum": ["red"]},
+            "e": {"type": "object", "additionalProperties": {}},
             "f": {"type": "array"},
         },
         "required": ["a", "b", "c", "d", "e"],

@@ -43,9 +43,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--image", nargs="+", required=True, help="files, URLs, patterns, or folders"
     )
     parser.add_argument("--query", "-q", nargs="+", required=True, help="what to look for")
-    parser.add_argument(
-        "--open-labels", action="store_true", help="the model names what it finds, freely"
-    )
     parser.add_argument("--draw", metavar="PATH", help="PNG to write; of several images, a folder")
     parser.add_argument("--json", action="store_true", help="print one JSON line for each image")
     parser.add_argument("--coco", metavar="FILE", help="write all boxes in COCO's format")
@@ -77,7 +74,6 @@ def run(args: argparse.Namespace) -> None:
     model, processor = load(
         args.model, dtype=args.dtype, revision=args.revision, adapter_path=args.adapter_path
     )
-    labels = ", ".join(args.query) if args.open_labels else args.query
     found: dict[str, Any] = {}
     for image in images:
         try:
@@ -88,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
             sys.stderr.write(f"{' '.join(str(error).split())}\n")
             continue
         boxes = detect(
-            model, processor, picture, labels, max_boxes=args.max_boxes, image_options=options
+            model, processor, picture, args.query, max_boxes=args.max_boxes, image_options=options
         )
         found[image] = picture.size, boxes
         _show(image, picture.size, boxes, args.json)
@@ -104,15 +100,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _show(image: str, size: tuple[int, int], boxes: Sequence[Box], as_json: bool) -> None:
-    items = [box.to_dict() for box in boxes]
     if as_json:
+        items = [box.to_dict() for box in boxes]
         entry = {"image": image, "width": size[0], "height": size[1], "boxes": items}
         lines = [json.dumps(entry, ensure_ascii=False)]
     else:
-        places = (", ".join(f"{value:.0f}" for value in box.xyxy) for box in boxes)
-        named = zip(boxes, places, strict=True)
-        lines = [f"{image}: {box.label} [{place}] {box.score:.2f}" for box, place in named]
-    sys.stdout.write("\n".join(lines or [f"{image}: nothing found"]) + "\n")
+        lines = [f"{image}: {box}" for box in boxes] or [f"{image}: nothing found"]
+    sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
 
 

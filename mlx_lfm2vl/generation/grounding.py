@@ -145,6 +145,10 @@ class Box:
         right, bottom = max(math.ceil(self.x2), left + 1), max(math.ceil(self.y2), top + 1)
         return load_image(cast(Any, image)).crop((left, top, right, bottom))
 
+    def __str__(self) -> str:
+        score = "" if self.score is None else f" {self.score:.2f}"
+        return f"{self.label} [{', '.join(f'{value:.0f}' for value in self.xyxy)}]{score}"
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON: label, box in pixels to two places, score."""
         score = None if self.score is None else round(self.score, 4)
@@ -258,18 +262,15 @@ def box_schema(thousandths: bool, label: str | None = None, max_boxes: int = MAX
     corner = whole if thousandths else hundredths
     corners = {"type": "array", "items": corner, "minItems": 4, "maxItems": 4}
     name = {"type": "string", "maxLength": 100} if label is None else {"const": label}
-    properties = (
-        {"image_id": {"const": 0}, "bbox_2d": corners, "label": name}
-        if thousandths
-        else {"label": name, "bbox": corners}
-    )
-    item = {
-        "type": "object",
-        "properties": properties,
-        "required": [*properties],
-        "additionalProperties": False,
-    }
-    return {"type": "array", "items": item, "maxItems": max_boxes}
+    properties: dict[str, Any] = {"label": name, "bbox": corners}
+    if thousandths:
+        properties = {"image_id": {"const": 0}, "bbox_2d": corners, "label": name}
+    return {"type": "array", "items": _object_schema(properties), "maxItems": max_boxes}
+
+
+def _object_schema(properties: dict[str, Any]) -> dict[str, Any]:
+    closed = {"required": [*properties], "additionalProperties": False}
+    return {"type": "object", "properties": properties, **closed}
 
 
 class _Reading:
@@ -288,18 +289,12 @@ class _Reading:
             self.digits.append((start, len(self.text), logprob))
 
     def boxes(self, size: Size) -> list[Box]:
-        return [
-            replace(box, score=self._score(start, stop))
-            for box, start, stop in _find_boxes(self.text, size)
-        ]
-
-    def _score(self, start: int, stop: int) -> float:
-        logs = [
-            cast(float, log.item())
-            for first, last, log in self.digits
-            if first < stop and last > start
-        ]
-        return math.exp(sum(logs) / len(logs))
+        boxes = []
+        for box, start, stop in _find_boxes(self.text, size):
+            logs = [log for first, last, log in self.digits if first < stop and last > start]
+            score = cast(float, mx.exp(mx.stack(logs).mean()).item())
+            boxes.append(replace(box, score=score))
+        return boxes
 
 
 def detect(
@@ -436,12 +431,7 @@ def extract(
         {"role": "system", "content": "\n".join(lines)},
         {"role": "user", "content": [{"type": "image", "image": image}]},
     ]
-    schema = {
-        "type": "object",
-        "properties": {name: {"type": "string"} for name in fields},
-        "required": [*fields],
-        "additionalProperties": False,
-    }
+    schema = _object_schema({name: {"type": "string"} for name in fields})
     settings: Any = {"max_tokens": max_tokens, "temperature": 0.0, "image_options": image_options}
     text = generate(model, processor, messages, **settings, **guided(schema=schema))
     value, _ = _object_at(json.JSONDecoder(), text, max(text.find("{"), 0))
@@ -491,17 +481,11 @@ def to_coco(pictures: Mapping[str, tuple[Size, Sequence[Box]]]) -> dict[str, Any
     for number, (name, ((width, height), boxes)) in enumerate(pictures.items(), 1):
         images.append({"id": number, "file_name": name, "width": width, "height": height})
         for box in boxes:
-            annotation = {
-                "id": len(annotations) + 1,
-                "image_id": number,
-                "category_id": labels.index(box.label) + 1,
-                "bbox": [box.x1, box.y1, box.x2 - box.x1, box.y2 - box.y1],
-                "area": box.area,
-                "iscrowd": 0,
-            }
-            annotations.append(
-                {**annotation, **({} if box.score is None else {"score": box.score})}
-            )
+            ids = {"id": len(annotations) + 1, "image_id": number}
+            ids["category_id"] = labels.index(box.label) + 1
+            place = [box.x1, box.y1, box.x2 - box.x1, box.y2 - box.y1]
+            score = {} if box.score is None else {"score": box.score}
+            annotations.append({**ids, "bbox": place, "area": box.area, "iscrowd": 0, **score})
     categories = [{"id": number, "name": label} for number, label in enumerate(labels, 1)]
     return {"images": images, "annotations": annotations, "categories": categories}
 

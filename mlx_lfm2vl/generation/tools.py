@@ -5,8 +5,6 @@ How calls are read and written stands in `prompts.tool_calls`.
 
 from __future__ import annotations
 
-import collections.abc
-import enum
 import inspect
 import json
 import re
@@ -88,10 +86,10 @@ def tool_grammar(
     elif name not in CHOICES:
         known = ", ".join((*CHOICES, *functions))
         raise PromptError(f"tool_choice is {name!r}; it must be one of {known}")
-    rules = {"auto": "TEXT? (calls TEXT?)?", "none": "TEXT?"}
-    lines = [f"start: {rules.get(name, 'calls TEXT?')}", r"TEXT: /(.|\n)+/"]
+    text = r"TEXT: /(.|\n)+/"
     if name == "none" or not functions:
-        return "\n".join([f"start: {rules['none']}", lines[1]])
+        return f"start: TEXT?\n{text}"
+    lines = ["start: TEXT? (calls TEXT?)?" if name == "auto" else "start: calls TEXT?", text]
     more = f'(", " call){{0,{MAX_CALLS - 1}}}' if parallel else ""
     lines.append(f'calls: {CALL_START} "[" call {more} "]" {CALL_END}')
     lines.append("call: " + " | ".join(f"f{number}" for number in range(len(functions))))
@@ -246,7 +244,10 @@ class ToolCallStream:
         elif character in ")]}":
             return self._close(character)
         elif character == "," and self._depth == self._list + self._in_call:
-            return self._argument() if self._in_call else self._forget()
+            if self._in_call:
+                return self._argument()
+            self._part = ""
+            return []
         self._part += character
         return []
 
@@ -254,7 +255,7 @@ class ToolCallStream:
         self._depth += 1
         if bracket == "[" and self._depth == 1 and not self._part.strip():
             self._list = 1
-            return self._forget()
+            return []
         if bracket == "(" and self._depth == self._list + 1:
             name, self._part, self._in_call, self._names = self._part.strip(), "", True, set()
             self._index += 1
@@ -287,10 +288,6 @@ class ToolCallStream:
         start = ", " if self._names else "{"
         self._names |= call.arguments.keys()
         return [ToolCallDelta(self._index, arguments=start + text)]
-
-    def _forget(self) -> list[ToolCallDelta]:
-        self._part = ""
-        return []
 
 
 # ---- schemas of functions
@@ -337,12 +334,10 @@ def _schema_of(kind: Any) -> dict[str, Any]:
         return {"enum": list(inner)}
     if origin in (typing.Union, types.UnionType):
         return {"anyOf": [_schema_of(item) for item in inner]}
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return {"enum": [member.value for member in kind]}
-    if origin in (list, set, tuple, collections.abc.Sequence):
+    if origin in (list, tuple, Sequence):
         items = [_schema_of(item) for item in inner if item is not ...]
         return {"type": "array", **({"items": items[0]} if len(items) == 1 else {})}
-    if origin in (dict, collections.abc.Mapping):
+    if origin in (dict, Mapping):
         values = {"additionalProperties": _schema_of(inner[1])} if inner else {}
         return {"type": "object", **values}
     raise PromptError(f"is of type {kind}; JSON knows str, int, float, bool, list, dict, Literal")

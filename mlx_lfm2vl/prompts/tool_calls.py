@@ -85,9 +85,7 @@ def parse_block(text: str) -> list[ToolCall]:
     """The calls of what stands between two marks; see `parse_calls`."""
     text = text.strip()
     try:
-        value = json.loads(
-            text, strict=False, object_pairs_hook=_unique, parse_constant=_refuse_constant
-        )
+        value = json.loads(text, strict=False, object_pairs_hook=_unique)
     except AnswerError:
         raise
     except (ValueError, RecursionError):
@@ -100,10 +98,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) != len(pairs):
         raise AnswerError(f"a tool call names a key twice: {[key for key, _ in pairs]}")
     return dict(pairs)
-
-
-def _refuse_constant(name: str) -> Any:
-    raise AnswerError(f"a tool call holds {name}, which is no value of JSON")
 
 
 def _call_of(item: Any) -> ToolCall:

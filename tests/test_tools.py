@@ -350,6 +350,7 @@ class Tokens:
         self.calls = [call for piece in pieces for call in piece.tool_calls]
         deltas = [delta for piece in pieces for delta in piece.tool_call_deltas]
         self.arguments = "".join(delta.arguments for delta in deltas)
+        self.indices = {delta.index for delta in deltas}
         self.reason = pieces[-1].finish_reason
         return self
 
@@ -370,6 +371,7 @@ def test_an_answer_knows_its_calls(small):
     assert json.loads(told.arguments) == told.calls[0].arguments
     twice = Tokens(small).run(*[CALL_START, CALL, CALL_END] * 2, "<|im_end|>")
     assert [call.id for call in twice.calls] == ["call_0", "call_1"]
+    assert twice.indices == {0, 1}
     # its text is a turn of the conversation, with the same tokens
     history = [{"role": "user", "content": "?"}, {"role": "assistant", "content": told.text}]
     assert small(history).token_ids.count(small.tokenizer.token_id(CALL_START)) == 1

@@ -18,7 +18,6 @@ from ..errors import AnswerError, PromptError
 from .messages import Message
 
 CALL_START, CALL_END = "<|tool_call_start|>", "<|tool_call_end|>"
-MAX_DEPTH = 100  # brackets inside each other
 CONSTANTS = {"true": True, "false": False, "null": None}  # JSON's, between Python's brackets
 
 IDENTIFIER = r"[^\W\d]\w*(?:[.-]\w+)*"
@@ -147,18 +146,14 @@ def _mend(text: str) -> tuple[str, list[str]]:
     """
     names: list[str] = []
     parts: list[str] = []
-    depth = 0
 
     def number(match: re.Match[str]) -> str:
         names.append(match[1])
         return f"_{len(names) - 1}{match[2]}"
 
     def code(part: str) -> str:
-        nonlocal depth
-        for character in part:
-            depth += (character in "([{") - (character in ")]}")
-            if depth > MAX_DEPTH or character == "#":
-                raise AnswerError(f"{text!r:.200} is no list of tool calls")
+        if "#" in part:  # a comment would hide what stands behind it
+            raise AnswerError(f"{text!r:.200} is no list of tool calls")
         return _NAME.sub(number, re.sub(r"(?<![\w.])0+(?=\d)", "", part))
 
     end = 0

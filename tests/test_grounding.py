@@ -29,6 +29,7 @@ from mlx_lfm2vl.generation.grounding import (
     to_supervision,
     without_duplicates,
 )
+from mlx_lfm2vl.generation.tools import guided
 from mlx_lfm2vl.options import ImageOptions
 
 from .conftest import FIXTURES
@@ -294,7 +295,8 @@ def test_scores_are_the_probabilities_of_the_coordinates(demo):
     [box] = detect(*demo, picture, ["yellow square"])
     question = world.DETECT.format(query="yellow square")
     text, logs = "", []
-    for response in stream_generate(*demo, question, images=picture, temperature=0.0):
+    settings = {"temperature": 0.0, **guided(schema=box_schema(False, "yellow square"))}
+    for response in stream_generate(*demo, question, images=picture, **settings):
         inside = '"bbox": [' in text and "]" not in text.rpartition('"bbox": [')[2]
         if inside and any(c.isdigit() for c in response.text):
             logs.append(response.logprobs[response.token].item())

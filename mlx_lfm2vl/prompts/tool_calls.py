@@ -22,7 +22,7 @@ CONSTANTS = {"true": True, "false": False, "null": None}  # JSON's, between Pyth
 
 IDENTIFIER = r"[^\W\d]\w*(?:[.-]\w+)*"
 _NAME = re.compile(rf"(?<![\w.])({IDENTIFIER})(\s*(?:\(|=(?!=)))")
-_STRING = re.compile(r"(\w*)(\"{3}|'{3}|\"|')((?:\\.|(?!\2).)*)\2", re.DOTALL)
+_STRING = re.compile(r"(?<!\w)(\w*)(\"{3}|'{3}|\"|')((?:\\.|(?!\2).)*)\2", re.DOTALL)
 _ESCAPE = re.compile(
     r"\\(?:[\\'\"abfnrtv0-7]|x[\da-fA-F]{2}|u[\da-fA-F]{4}|U[\da-fA-F]{8}|(?P<unknown>.))",
     re.DOTALL,

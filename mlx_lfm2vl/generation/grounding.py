@@ -23,10 +23,10 @@ from ..prompts.image_processor import NO_OPTIONS, ImageInput
 from ..prompts.image_source import load_image
 from ..prompts.messages import Message
 from ..prompts.messages import _image_list as image_list
-from ..prompts.processor import Lfm2VlProcessor, pack_pixels
+from ..prompts.processor import Lfm2VlProcessor
 from ..prompts.question import Question
 from .answer import GenerationResponse
-from .engine import Engine, Row
+from .engine import AnswerRow, Engine
 from .generate import generate, wired_limit
 from .tools import guided
 
@@ -325,14 +325,11 @@ def detect(
     thousandths, picture = answers_thousandths(model), load_image(cast(Any, image))
     processed = processor.image_processor(picture, image_options)
     prompts = [processor(detect_messages(q, thousandths), [processed]) for q in queries]
-    settings: Any = {"max_tokens": max_tokens, "temperature": 0.0}
-    settings["image_features"] = model.encode_images(
-        pack_pixels(prompts[0].images), processed.spatial_shapes
-    )
     questions = []
     for query, prompt in zip(queries, prompts, strict=True):
         schema = box_schema(thousandths, None if query is labels else query, max_boxes)
-        questions.append(Question(prompt, **settings, **guided(schema=schema)))
+        settings: Any = {"max_tokens": max_tokens, "temperature": 0.0, **guided(schema=schema)}
+        questions.append(Question(prompt, **settings))
     found: list[Box] = []
     for query, reading in zip(queries, _read_answers(model, processor, questions), strict=True):
         boxes = without_duplicates(reading.boxes(picture.size))[:max_boxes]
@@ -343,10 +340,12 @@ def detect(
 def _read_answers(
     model: Lfm2VlForConditionalGeneration, processor: Lfm2VlProcessor, questions: list[Question]
 ) -> list[_Reading]:
-    """Answers questions together."""
+    """Answers questions about one picture together; it is encoded once."""
+    features: dict[str, mx.array] = {}
     with wired_limit(model):
         engine = Engine(model, processor, max_rows=MAX_ROWS, fair=False)
-        readings: dict[Row, _Reading] = {engine.add(question): _Reading() for question in questions}
+        rows = (AnswerRow(model, processor, question, features) for question in questions)
+        readings = {engine.begin(row): _Reading() for row in rows}
         while not engine.is_idle:
             for row, response, error in engine.step():
                 if error is not None:

@@ -11,6 +11,7 @@ from .terminal import Parser, make_parser, run_command
 
 COMMANDS = {
     "generate": "answer a question about images, or talk with --chat",
+    "detect": "find things in images: boxes with scores, drawn or as JSON",
     "batch": "ask the same about a folder of images",
     "convert": "convert and quantize a checkpoint, or compare conversions",
     "train": "fine-tune on conversations about images",

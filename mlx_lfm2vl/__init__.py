@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .conversion.plan import convert
     from .conversion.recipes import Quantization
     from .errors import (
+        AnswerError,
         ConfigError,
         ConvertError,
         DataError,
@@ -59,8 +60,8 @@ _EXPORTS = {
         "conversion.fuse": "fuse",
         "conversion.plan": "convert",
         "conversion.recipes": "Quantization",
-        "errors": "ConfigError ConvertError DataError ImageError Lfm2VlError ModelNotFoundError "
-        "PromptError SnapshotError TrainError WeightsError",
+        "errors": "AnswerError ConfigError ConvertError DataError ImageError Lfm2VlError "
+        "ModelNotFoundError PromptError SnapshotError TrainError WeightsError",
         "generation.answer": "GenerationResponse",
         "generation.asking": "ask_json choose",
         "generation.batch": "BatchResult batch_generate stream_batch",

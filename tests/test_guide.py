@@ -32,7 +32,8 @@ from mlx_lfm2vl import (
 from mlx_lfm2vl.cli.batch import main as batch_main
 from mlx_lfm2vl.cli.generate import main as generate_main
 from mlx_lfm2vl.generation.guide import Vocabulary, vocabulary
-from mlx_lfm2vl.prompts.constraint import compiled, read_schema
+from mlx_lfm2vl.prompts.constraint import compiled
+from mlx_lfm2vl.prompts.json_schema import read_schema
 from mlx_lfm2vl.prompts.tokenizer import Lfm2Tokenizer
 
 from .checkpoints.pictures import picture
@@ -372,7 +373,7 @@ def test_fields_without_a_schema_are_named():
 def test_missing_llguidance_is_told(monkeypatch):
     compiled.cache_clear()
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(PromptError, match=r"need llguidance: pip install 'mlx-lfm2vl\[json\]'"):
+    with pytest.raises(PromptError, match=r"needs llguidance: pip install 'mlx-lfm2vl\[json\]'"):
         Question("What is it?", schema=True)
     assert Question("What is it?").constraint is None
 

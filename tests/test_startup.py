@@ -71,7 +71,9 @@ ROOMS = (
     *("_version", "errors", "files", "options", "prompts", "models", "checkpoints", "generation"),
     *("serving", "conversion", "training", "measuring", "cli"),
 )
-DOORS = ("__main__", "batch", "benchmark", "convert", "fuse", "generate", "serve", "train")
+DOORS = (
+    *("__main__", "batch", "benchmark", "convert", "detect", "fuse", "generate", "serve", "train"),
+)
 Module = tuple[str, ...]
 
 

@@ -124,6 +124,7 @@ def _task(args: argparse.Namespace) -> Task:
     if not args.prompt.strip():
         raise PromptError("the prompt is empty; ask something")
     model = model_from(args)
+    constraint, tools = constraint_from(args)
     return Task(
         model=str(Path(model).resolve()) if os.path.isdir(model) else model,
         revision=args.revision,
@@ -136,7 +137,8 @@ def _task(args: argparse.Namespace) -> Task:
         seed=args.seed,
         sampling=options_from(args, Sampling),
         image_options=options_from(args, ImageOptions),
-        constraint=constraint_from(args),
+        constraint=constraint,
+        tools=tools,
     )
 
 

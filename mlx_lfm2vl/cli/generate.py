@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
     from ..prompts.constraint import Constraint
     from ..prompts.processor import Lfm2VlProcessor, Prompt
+    from ..prompts.question import Tools
 
 PHOTOGRAPH_BITS = 6.0  # entropy of 32 x 32 grey pixels: drawings stay below 5.5, photos above 6.4
 EPILOG = """\
@@ -87,17 +88,17 @@ def run(args: argparse.Namespace) -> None:
     image_options = options_from(args, ImageOptions)
     cache_options = options_from(args, CacheOptions)
     sampling = options_from(args, Sampling)  # a wrong value is told before the model is loaded
-    constraint = constraint_from(args)
+    constraint, tools = constraint_from(args)
     if args.chat:
-        _chat(args, image_options, cache_options, constraint)
+        _chat(args, image_options, cache_options, constraint, tools)
         return
     messages = _messages(args)
     images = [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
 
     from ..generation.generate import stream_generate
 
-    model, processor, notice = _load(args)
-    prompt = processor(messages, images, image_options=image_options)
+    model, processor, notice = load_model(args)
+    prompt = processor(messages, images, tools=tools, image_options=image_options)
     for image in images:
         notice(image)
     if args.verbose:
@@ -127,6 +128,7 @@ def _chat(
     image_options: ImageOptions,
     cache_options: CacheOptions,
     constraint: Constraint | None,
+    tools: Tools | None,
 ) -> None:
     if args.json or "-" in (args.prompt, *args.image):
         raise PromptError("--chat reads standard input itself, without --json and -")
@@ -134,15 +136,20 @@ def _chat(
     from ..serving.session import Session
     from .chat import SETTINGS, Chat
 
-    model, processor, notice = _load(args)
+    model, processor, notice = load_model(args)
     session = Session(
-        model, processor, args.system, image_options=image_options, cache_options=cache_options
+        model,
+        processor,
+        args.system,
+        tools=tools,
+        image_options=image_options,
+        cache_options=cache_options,
     )
     settings = {name: getattr(args, name) for name in SETTINGS} | {"constraint": constraint}
     Chat(session, settings, args.verbose, notice).run(args.image, args.prompt)
 
 
-def _load(
+def load_model(
     args: argparse.Namespace,
 ) -> tuple[Lfm2VlForConditionalGeneration, Lfm2VlProcessor, Callable[[Any], None]]:
     """Model, processor, and what says that the demo model cannot know an image."""
@@ -229,14 +236,16 @@ def _print_json(
     responses: Iterator[GenerationResponse],
     constraint: Constraint | None,
 ) -> GenerationResponse:
-    text, tokens = "", []
+    text, tokens, calls = "", [], list[dict[str, Any]]()
     for response in responses:
         text += response.text
         tokens.append(response.token)
+        calls += [call.to_dict() for call in response.tool_calls]
     answer = {
         "model": model,
         "text": text,
         "tokens": tokens,
+        "tool_calls": calls,
         "finish_reason": response.finish_reason,
         **({} if constraint is None else constraint.result(text, response.closed)),
         "prompt_tokens": response.prompt_tokens,

@@ -14,6 +14,7 @@ from ..options import Bound
 from ..prompts.messages import Conversation
 from ..prompts.processor import Lfm2VlProcessor, Prompt
 from ..prompts.question import Question
+from ..prompts.tool_calls import ToolCall
 from .engine import Engine, Row
 from .generate import as_question, wired_limit
 
@@ -34,6 +35,7 @@ class BatchResult:
         prompt_tokens: positions of the prompt.
         image_tokens: image tokens of each image.
         closed: whether it is whole at its limit, see `GenerationResponse`.
+        tool_calls: what the answer calls; they stand in the text, too.
     """
 
     index: int
@@ -43,6 +45,7 @@ class BatchResult:
     prompt_tokens: int
     image_tokens: tuple[int, ...]
     closed: bool = False
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 def batch_generate(
@@ -85,19 +88,20 @@ def stream_batch(
     # all prompts are read before a step: nobody watches a single answer grow
     engine = Engine(model, processor, max_rows=batch_size, fair=False)
     waiting = enumerate(questions)
-    pieces: dict[Row, tuple[int, list[str]]] = {}
+    pieces: dict[Row, tuple[int, list[str], list[ToolCall]]] = {}
     with wired_limit(model):
         while True:
             while len(pieces) < batch_size and (following := next(waiting, None)) is not None:
                 index, question = following
-                pieces[engine.add(as_question(question))] = index, []
+                pieces[engine.add(as_question(question))] = index, [], []
             if not pieces:
                 return
             for row, response, error in engine.step():
                 if error is not None:
                     raise error
-                index, texts = pieces[row]
+                index, texts, calls = pieces[row]
                 texts.append(response.text)
+                calls += response.tool_calls
                 if response.finish_reason is not None:
                     del pieces[row]
                     yield BatchResult(
@@ -108,6 +112,7 @@ def stream_batch(
                         response.prompt_tokens,
                         response.image_tokens,
                         response.closed,
+                        tuple(calls),
                     )
 
 

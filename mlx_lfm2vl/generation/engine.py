@@ -198,14 +198,13 @@ class AnswerRow(Row):
 
     def take(self, token: int, logprobs: mx.array) -> GenerationResponse:
         super().take(token, logprobs)
-        text, finish_reason = self.answer.add(token)
-        self.finished = finish_reason is not None
-        closed = False
+        piece, closed = self.answer.add(token), False
+        self.finished = piece.finish_reason is not None
         if self.guide is not None and self.finished:
             if self.guide.closing and token in self.answer.eos_token_ids:
-                finish_reason = "length"
-            closed = finish_reason == "length" and self.guide.is_whole
-        return self.clock.response(text, token, logprobs, finish_reason, closed)
+                piece = piece._replace(finish_reason="length")
+            closed = piece.finish_reason == "length" and self.guide.is_whole
+        return self.clock.response(piece, token, logprobs, closed)
 
 
 class Event(NamedTuple):

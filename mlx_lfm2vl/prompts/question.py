@@ -19,11 +19,12 @@ from .constraint import Constraint
 from .image_processor import NO_OPTIONS, ImageInput
 from .messages import Conversation
 from .processor import Lfm2VlProcessor, Prompt
+from .tool_grammar import ToolChoice
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-Tools = Sequence[Mapping[str, Any]]
+Tools = Sequence[Any]
 NO_CACHE_OPTIONS = CacheOptions()
 
 
@@ -49,6 +50,10 @@ class AnswerSettings(TypedDict, total=False):
             without the model, so what is still missing is made up, as short as the form allows.
             None does so for JSON.
         constraint: what these become; given instead of them.
+        tool_choice: of the question's tools: "auto": text, or calls with or without text around
+            them; "required": calls; the name of a tool: calls of it alone; "none": the tools are
+            not shown. Calls then keep to the tools' schemas, which takes llguidance. None is
+            "auto", without a guarantee if llguidance is not installed.
     """
 
     max_tokens: int
@@ -73,13 +78,15 @@ class AnswerSettings(TypedDict, total=False):
     grammar: str | None
     close: bool | None
     constraint: Constraint | None
+    tool_choice: ToolChoice | None
 
 
 class QuestionSettings(AnswerSettings, total=False):
     """The settings of an answer, and of what is read before it.
 
     Attributes:
-        tools: JSON schemas of functions the model may call.
+        tools: JSON schemas of functions the model may call, or Python functions with types and a
+            docstring. They exclude `schema`, `regex`, `choice` and `grammar`.
         image_options: changes of the checkpoint's image settings.
         image_features: what `model.encode_images` gave for these images, (image tokens, hidden), so
             that they are not encoded again.
@@ -95,7 +102,7 @@ class QuestionSettings(AnswerSettings, total=False):
 
 
 SAMPLING_FIELDS = tuple(f.name for f in fields(Sampling))
-CONSTRAINT_FIELDS = ("schema", "regex", "choice", "grammar", "close", "constraint")
+CONSTRAINT_FIELDS = ("schema", "regex", "choice", "grammar", "close", "constraint", "tool_choice")
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -138,6 +145,8 @@ class Question:
         form = {name: settings.pop(name, None) for name in CONSTRAINT_FIELDS}  # type: ignore[misc]
         sampling = settings.pop("sampling", None)
         _check("sampling", sampling, (Sampling, type(None)), "Sampling(…)")
+        tools = settings.pop("tools", None)
+        _check("tools", tools, (list, tuple, type(None)), "a list of JSON schemas")
         values: dict[str, Any] = {
             "prompt": prompt,
             "images": images,
@@ -146,8 +155,8 @@ class Question:
             "seed": settings.pop("seed", None),
             "stop": _texts(settings.pop("stop", ())),
             "logits_processors": tuple(settings.pop("logits_processors", ())),
-            "constraint": Constraint.of(**form),
-            "tools": settings.pop("tools", None),
+            "constraint": Constraint.of(**form, tools=tools),
+            "tools": None if form["tool_choice"] == "none" else tools,
             "image_options": settings.pop("image_options", NO_OPTIONS),
             "image_features": settings.pop("image_features", None),
             "cache_options": settings.pop("cache_options", NO_CACHE_OPTIONS),
@@ -169,7 +178,6 @@ class Question:
         _check("prompt", self.prompt, kinds, "a text, a list of messages or a prepared prompt")
         _check("image_options", self.image_options, ImageOptions, "ImageOptions(…)")
         _check("cache_options", self.cache_options, CacheOptions, "CacheOptions(…)")
-        _check("tools", self.tools, (list, tuple, type(None)), "a list of JSON schemas")
         if not isinstance(self.prompt, Prompt):
             return
         given: dict[str, Any] = {"images": self.images, "tools": self.tools}

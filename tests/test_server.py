@@ -3,7 +3,7 @@
 import asyncio
 import json
 import threading
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import openai
 import pytest
@@ -475,3 +475,116 @@ def test_503_while_the_model_is_loaded(monkeypatch):
         assert ask(patient, max_tokens=1).usage.completion_tokens == 1
         assert served.get("/health").json() == {"status": "ok", "model": "demo"}
         until(lambda: not served.service.runs)
+
+
+WEATHER = {
+    "name": "weather",
+    "description": "The weather in a city.",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "maxLength": 8},
+            "days": {"type": "integer", "minimum": 1, "maximum": 9},
+        },
+        "required": ["city", "days"],
+    },
+}
+TOOLS = [{"type": "function", "function": WEATHER}]
+
+
+class TestTools:
+    ASK: ClassVar = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+
+    def test_a_call_and_its_stream(self, client):
+        whole = strict(ChatCompletion, ask(client, see("Weather?"), max_tokens=60, **self.ASK))
+        [choice] = whole.choices
+        [call] = choice.message.tool_calls
+        assert choice.finish_reason == "tool_calls"
+        arguments = json.loads(call.function.arguments)
+        assert call.function.name == "weather"
+        assert arguments.keys() == {"city", "days"}
+        chunks = ask(client, see("Weather?"), max_tokens=60, stream=True, **self.ASK)
+        deltas = [c.choices[0].delta.tool_calls for c in map(self.checked, chunks)]
+        calls = [call for some in deltas if some is not None for call in some]
+        assert calls[0].function.name == "weather"
+        assert calls[0].id.startswith("call_")
+        assert [call.function.name for call in calls[1:]] == [None] * (len(calls) - 1)
+        assert json.loads("".join(call.function.arguments for call in calls)) == arguments
+
+    def checked(self, chunk):
+        return strict(ChatCompletionChunk, chunk)
+
+    def test_a_named_function_and_none(self, client):
+        choice = {"type": "function", "function": {"name": "weather"}}
+        answer = ask(client, see(), max_tokens=60, **{**self.ASK, "tool_choice": choice})
+        assert answer.choices[0].message.tool_calls[0].function.name == "weather"
+        none = ask(client, see(), tools=TOOLS, tool_choice="none")
+        assert none.choices[0].message.content == ask(client).choices[0].message.content
+
+    def test_calls_of_the_history(self, client, parts):
+        call = {"id": "call_1", "type": "function"}
+        call["function"] = {"name": "weather", "arguments": '{"city": "Rome", "days": 2}'}
+        turns = [
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "Rain"},
+        ]
+        answer = ask(client, turns, tools=TOOLS, max_tokens=6)
+        plain = [{**turn, "content": turn["content"] or ""} for turn in turns]
+        alone = generate(*parts, plain, tools=TOOLS, temperature=0, max_tokens=6)
+        assert answer.choices[0].message.content == alone
+
+    def test_in_responses(self, client):
+        tool = {"type": "function", "strict": True, **WEATHER}
+        settings = {"model": "demo", "tools": [tool], "tool_choice": "required", "temperature": 0}
+        settings |= {"max_output_tokens": 60, "parallel_tool_calls": False}
+        whole = client.responses.create(input="Weather?", **settings)
+        strict(Response, whole)
+        call = next(item for item in whole.output if item.type == "function_call")
+        assert json.loads(call.arguments).keys() == {"city", "days"}
+        with client.responses.stream(input="Weather?", **settings) as stream:
+            events = list(stream)
+        streamed = next(i for i in events[-1].response.output if i.type == "function_call")
+        assert (streamed.name, streamed.arguments) == (call.name, call.arguments)
+        kinds = [event.type for event in events]
+        assert "response.function_call_arguments.done" in kinds
+        turns = [{"role": "user", "content": "Weather?"}]
+        turns += [item.model_dump(exclude_none=True) for item in whole.output]
+        turns += [{"type": "function_call_output", "call_id": call.call_id, "output": "Rain"}]
+        again = client.responses.create(input=turns, **{**settings, "tool_choice": "auto"})
+        assert again.usage.input_tokens > whole.usage.input_tokens
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"tools": [{"type": "web_search"}]},
+            {"tools": [{"type": "function", "function": {"name": ""}}]},
+            {"tools": TOOLS, "tool_choice": "always"},
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}},
+            {"tools": TOOLS, "response_format": {"type": "json_object"}},
+            {"tools": [{**TOOLS[0], "function": {**WEATHER, "parameters": {"not": {}}}}]},
+            {"tool_choice": "required"},
+        ],
+        ids=str,
+    )
+    def test_what_makes_no_sense(self, served, settings):
+        answer = served.post("/v1/chat/completions", {"messages": see(), **settings})
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"].startswith(("tool", "response_format"))
+
+
+def test_boxes(served, parts):
+    from mlx_lfm2vl.generation.grounding import detect
+
+    labels = ["yellow square", "green cross"]
+    for query in (labels, "green cross"):
+        answer = served.post("/v1/detect", {"image": data_url(), "query": query})
+        assert answer.status_code == 200, answer.text
+        body = answer.json()
+        assert body["boxes"] == [box.to_dict() for box in detect(*parts, PICTURE, query)]
+        assert body["boxes"]
+        assert body["image"] == {"width": 318, "height": 290}
+    for wrong in ({"query": "a"}, {"image": data_url()}, {"image": data_url(), "query": []},
+                  {"image": "data:,x", "query": "a"}, {"image": data_url(), "query": [" "]},
+                  {"image": data_url(), "query": "a", "temperature": 1}):  # fmt: skip
+        assert served.post("/v1/detect", wrong).status_code == 400

@@ -281,28 +281,67 @@ def guided(schema: Any) -> dict[str, Any]:
     return {"schema": schema} if can_constrain() else {}
 
 
-class _Reading:
-    """An answer, and how probable each of its tokens with a digit was."""
+class Reading:
+    """An answer, and how probable each of its tokens with a digit was.
+
+    `add` is called in the thread that answers; afterwards `boxes` may be called in any.
+    """
 
     def __init__(self) -> None:
         self.text = ""
-        self.digits: list[tuple[int, int, mx.array]] = []
+        self.digits: list[tuple[int, int, Any]] = []
 
     def add(self, response: GenerationResponse) -> None:
+        """Takes a response."""
         start = len(self.text)
         self.text += response.text
         if any(character.isdigit() for character in response.text):
             logprob = response.logprobs[response.token]
             mx.async_eval(logprob)  # so that not all of the vocabulary is kept
             self.digits.append((start, len(self.text), logprob))
+        if response.finish_reason is not None:
+            self.digits = [(first, last, log.item()) for first, last, log in self.digits]
 
     def boxes(self, size: Size) -> list[Box]:
+        """The boxes in it with their scores; `size`: (width, height) of the picture."""
         boxes = []
         for box, start, stop in _find_boxes(self.text, size):
             logs = [log for first, last, log in self.digits if first < stop and last > start]
-            score = cast(float, mx.exp(mx.stack(logs).mean()).item())
-            boxes.append(replace(box, score=score))
+            boxes.append(replace(box, score=math.exp(math.fsum(logs) / len(logs))))
         return boxes
+
+
+def detect_questions(
+    processor: Lfm2VlProcessor,
+    thousandths: bool,
+    image: ImageInput,
+    labels: str | Sequence[str],
+    max_boxes: int = MAX_BOXES,
+    max_tokens: int = MAX_TOKENS,
+) -> list[Question]:
+    """The questions of `detect`: one, or one for each label of a list."""
+    queries: list[Any] = list(labels) if isinstance(labels, (list, tuple)) else [labels]
+    if not queries or not all(isinstance(query, str) and query.strip() for query in queries):
+        raise PromptError(f"labels are {labels!r:.200}; say what to look for, such as 'red car'")
+    questions = []
+    for query in queries:
+        prompt = processor(detect_messages(query, thousandths), [image])
+        schema = box_schema(thousandths, None if query is labels else query, max_boxes)
+        settings: Any = {"max_tokens": max_tokens, "temperature": 0.0, **guided(schema)}
+        questions.append(Question(prompt, **settings))
+    return questions
+
+
+def join_boxes(
+    readings: Iterable[Reading], labels: str | Sequence[str], size: Size, max_boxes: int = MAX_BOXES
+) -> list[Box]:
+    """The boxes in the answers to `detect_questions`."""
+    found: list[Box] = []
+    names = [None] if isinstance(labels, str) else labels
+    for name, reading in zip(names, readings, strict=True):
+        boxes = without_duplicates(reading.boxes(size))[:max_boxes]
+        found += boxes if name is None else [replace(box, label=name) for box in boxes]
+    return without_duplicates(found)
 
 
 def detect(
@@ -327,33 +366,23 @@ def detect(
         PromptError: nothing to look for.
         ImageError: the image cannot be read.
     """
-    queries: list[Any] = list(labels) if isinstance(labels, (list, tuple)) else [labels]
-    if not queries or not all(isinstance(query, str) and query.strip() for query in queries):
-        raise PromptError(f"labels are {labels!r:.200}; say what to look for, such as 'red car'")
-    thousandths, picture = answers_thousandths(model), load_image(cast(Any, image))
+    picture = load_image(cast(Any, image))
     processed = processor.image_processor(picture, image_options)
-    prompts = [processor(detect_messages(q, thousandths), [processed]) for q in queries]
-    questions = []
-    for query, prompt in zip(queries, prompts, strict=True):
-        schema = box_schema(thousandths, None if query is labels else query, max_boxes)
-        settings: Any = {"max_tokens": max_tokens, "temperature": 0.0, **guided(schema)}
-        questions.append(Question(prompt, **settings))
-    found: list[Box] = []
-    for query, reading in zip(queries, _read_answers(model, processor, questions), strict=True):
-        boxes = without_duplicates(reading.boxes(picture.size))[:max_boxes]
-        found += boxes if query is labels else [replace(box, label=query) for box in boxes]
-    return without_duplicates(found)
+    thousandths = answers_thousandths(model)
+    questions = detect_questions(processor, thousandths, processed, labels, max_boxes, max_tokens)
+    readings = _read_answers(model, processor, questions)
+    return join_boxes(readings, labels, picture.size, max_boxes)
 
 
 def _read_answers(
     model: Lfm2VlForConditionalGeneration, processor: Lfm2VlProcessor, questions: list[Question]
-) -> list[_Reading]:
+) -> list[Reading]:
     """Answers questions about one picture together; it is encoded once."""
     features: dict[str, mx.array] = {}
     with wired_limit(model):
         engine = Engine(model, processor, max_rows=MAX_ROWS, fair=False)
         rows = (AnswerRow(model, processor, question, features) for question in questions)
-        readings = {engine.begin(row): _Reading() for row in rows}
+        readings = {engine.begin(row): Reading() for row in rows}
         while not engine.is_idle:
             for row, response, error in engine.step():
                 if error is not None:

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import mlx.core as mx
 from starlette.applications import Starlette
@@ -18,9 +18,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from ...prompts.processor import Prompt
 from .asking import Ask
 from .body import read_json
 from .chat import ChatWriter, read_chat
+from .detecting import read_detect, write_detect
 from .errors import HttpError, as_http
 from .gate import Gate, Log, error_response
 from .responses import ResponsesWriter, read_responses, responses_event
@@ -58,6 +60,7 @@ def make_app(service: Service, log: Log) -> Starlette:
         Route("/v1/chat/completions/input_tokens", endpoints.chat_tokens, methods=["POST"]),
         Route("/v1/responses", endpoints.responses, methods=["POST"]),
         Route("/v1/responses/input_tokens", endpoints.responses_tokens, methods=["POST"]),
+        Route("/v1/detect", endpoints.detect, methods=["POST"]),
     ]
     middleware = [Middleware(Gate, service=service, log=log)]
     origins = service.options.cors_origins
@@ -143,17 +146,17 @@ class Endpoints:
         self.service.check_ready()
         with self.service.place():
             ask = read(await read_json(request, self.service.options.max_body))
-            prompt = await self.service.prompt(ask)
+            question = await self.service.question(ask)
+        prompt = cast(Prompt, question.prompt)
         images = [image.image_tokens for image in prompt.images]
         length = len(prompt.token_ids)
-        most = ask.max_tokens or self.service.options.max_tokens
         return JSONResponse(
             {
                 "object": "response.input_tokens",
                 "input_tokens": length,
                 "image_tokens": images,
-                "max_tokens": min(most, self.service.options.context - length),
-                "estimated_seconds": self.service.seconds(length, most),
+                "max_tokens": question.max_tokens,
+                "estimated_seconds": self.service.seconds(length, question.max_tokens),
             }
         )
 
@@ -177,6 +180,19 @@ class Endpoints:
         try:
             await or_gone(request, run.finish())
             return JSONResponse(writer(run).whole(), headers=headers)
+        finally:
+            self._end(request, run)
+
+    async def detect(self, request: Request) -> Response:
+        """Boxes in a picture."""
+        service, started = self.service, time.perf_counter()
+        service.check_ready()
+        with service.place():
+            ask = read_detect(await read_json(request, service.options.max_body))
+            run, readings, size = await or_gone(request, service.detect(ask, started))
+        try:
+            await or_gone(request, run.finish())
+            return JSONResponse(write_detect(run, readings, size))
         finally:
             self._end(request, run)
 

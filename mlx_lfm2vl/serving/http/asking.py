@@ -43,7 +43,6 @@ class Ask:
         n: how many answers.
         stream, include_usage: as they come, and a last chunk that tells what they cost.
         top_logprobs: how many alternatives of each token to tell; None for no log-probabilities.
-        tools: JSON schemas.
         echo: what the response repeats of the request.
     """
 
@@ -55,7 +54,6 @@ class Ask:
     stream: bool = False
     include_usage: bool = False
     top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
     echo: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -168,3 +166,52 @@ def read_form(given: Fields, form: Any, param: str) -> dict[str, Any]:
         raise refused(inner.name("type"), right, kind)
     inner.end()
     return found
+
+
+def read_tools(given: Fields, wrapped: bool) -> dict[str, Any]:
+    """Settings of `Question` for tools: those that may be called, and whether one must.
+
+    Args:
+        wrapped: chat completions have a function's members one level deeper than responses.
+    """
+    tools = [
+        _tool(Fields(tool, given.name(f"tools[{place}]")), wrapped)
+        for place, tool in enumerate(given.get("tools", list, default=[]))
+    ]
+    choice = given.get("tool_choice", str, dict)
+    if isinstance(choice, dict):
+        inner = Fields(choice, "tool_choice")
+        inner.only(type=("function",))
+        named = Fields(inner.need("function", dict), "tool_choice.function") if wrapped else inner
+        choice = named.need("name", str)
+        named.end()
+        inner.end()
+        if choice not in [tool["function"]["name"] for tool in tools]:
+            raise refused("tool_choice", "names none of the tools", choice)
+    elif choice not in (None, "none", "auto", "required"):
+        raise refused("tool_choice", "must be none, auto, required or a function", choice)
+    parallel = given.get("parallel_tool_calls", bool, default=True)
+    if not tools and choice != "required":
+        return {}
+    settings: dict[str, Any] = {"tools": tools, "tool_choice": choice}
+    if tools and not parallel and choice != "none":
+        settings["parallel"] = False
+    return settings
+
+
+def _tool(given: Fields, wrapped: bool) -> dict[str, Any]:
+    kind = given.need("type", str)
+    if kind != "function":
+        raise HttpError(
+            400, f"{given.name('type')} {kind!r:.50} is not supported; function is",
+            given.name("type"), "unsupported_parameter",
+        )  # fmt: skip
+    inner = Fields(given.need("function", dict), given.name("function")) if wrapped else given
+    function = {"name": inner.need("name", str)}
+    for name, what in (("description", str), ("parameters", dict)):
+        if (value := inner.get(name, what)) is not None:
+            function[name] = value
+    inner.get("strict", bool)  # calls keep to their schemas in any case
+    inner.end()
+    given.end()
+    return {"type": "function", "function": function}

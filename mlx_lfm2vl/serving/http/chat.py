@@ -20,10 +20,11 @@ from .asking import (
     read_sampling,
     read_stop,
     read_stream,
+    read_tools,
 )
 from .errors import HttpError, refused
 from .fields import Fields
-from .running import Choice, Run, Update
+from .running import Choice, Delta, Run, Update
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -55,6 +56,7 @@ def read_chat(body: Any) -> Ask:
             "seed": read_count(given, "seed", -(2**63), 2**63 - 1),
             "stop": read_stop(given),
             **read_form(given, given.get("response_format", dict), "response_format"),
+            **read_tools(given, wrapped=True),
         },
         max_tokens=_max_tokens(given),
         n=read_count(given, "n", 1, MAX_CHOICES, 1),
@@ -90,8 +92,16 @@ def _message(given: Fields, image_options: ImageOptions) -> dict[str, Any]:
     if role not in ROLES:
         raise refused(given.name("role"), f"must be one of {', '.join(ROLES)}", role)
     given.get("name", str)  # the models know no names
-    given.only(refusal=(), audio=(), function_call=(), tool_calls=([],), annotations=([],))
+    given.only(refusal=(), audio=(), function_call=(), annotations=([],))
     content = given.get("content", str, list)
+    more: dict[str, Any] = {}
+    if role == "tool":
+        given.need("tool_call_id", str)
+    if role == "assistant" and (calls := given.get("tool_calls", list)):
+        more["tool_calls"] = [
+            _call(Fields(call, f"{given.name('tool_calls')}[{n}]")) for n, call in enumerate(calls)
+        ]
+        content = content or ""
     if content is None:
         raise refused(given.name("content"), "is missing")
     if isinstance(content, list):
@@ -102,7 +112,18 @@ def _message(given: Fields, image_options: ImageOptions) -> dict[str, Any]:
         has_images = any(item["type"] == "image" for item in items)
         content = items if has_images else "".join(item["text"] for item in items)
     given.end()
-    return {"role": "system" if role == "developer" else role, "content": content}
+    return {"role": "system" if role == "developer" else role, "content": content, **more}
+
+
+def _call(given: Fields) -> dict[str, Any]:
+    """A tool call of the history."""
+    given.get("id", str)
+    given.only(type=("function",))
+    function = Fields(given.need("function", dict), given.name("function"))
+    name, arguments = function.need("name", str), function.need("arguments", str)
+    function.end()
+    given.end()
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _item(given: Fields, role: str, image_options: ImageOptions) -> dict[str, Any]:
@@ -148,7 +169,11 @@ class ChatWriter:
         return {**self._body("chat.completion", choices), **usage}
 
     def _choice(self, update: Update) -> dict[str, Any]:
-        message = {"role": "assistant", "content": update.text, "refusal": None}
+        text = update.text if update.text or not update.deltas else None
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if update.deltas:
+            calls = [_delta(delta) for delta in update.deltas]
+            message["tool_calls"] = [{k: v for k, v in c.items() if k != "index"} for c in calls]
         return {
             "index": update.choice.index, "message": message,
             "finish_reason": update.choice.finish_reason,
@@ -162,11 +187,13 @@ class ChatWriter:
 
     def news(self, update: Update) -> list[dict[str, Any]]:
         """Chunks for what has come of an answer."""
-        choice, text, scores = update
+        choice, text, scores, deltas = update
         chunks = []
         if text or scores:
             chunks.append(self._chunk(choice, {"content": text}, None, scores))
-        if choice.finish_reason is not None:
+        if deltas:
+            chunks.append(self._chunk(choice, {"tool_calls": [_delta(delta) for delta in deltas]}))
+        if choice.finish_reason is not None and update is choice.newest:
             chunks.append(self._chunk(choice, {}, choice.finish_reason))
         return chunks
 
@@ -194,3 +221,10 @@ class ChatWriter:
         if self.run.ask.top_logprobs is None:
             return None
         return {"content": list(scores), "refusal": None}
+
+
+def _delta(delta: Delta) -> dict[str, Any]:
+    function = {"name": delta.name} if delta.name is not None else {}
+    begins = {"id": delta.id, "type": "function"} if delta.name is not None else {}
+    function["arguments"] = delta.arguments
+    return {"index": delta.index, **begins, "function": function}

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from ...errors import ImageError, one_line
@@ -46,12 +46,19 @@ class ImagePart:
     param: str
 
 
+class ReadImage(NamedTuple):
+    """An image, ready for the model, and its size (width, height) as a file."""
+
+    image: ProcessedImage
+    size: tuple[int, int]
+
+
 class Images:
     """Makes images ready for the model, each content once while it is remembered."""
 
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
-        self.kept: OrderedDict[Any, asyncio.Task[ProcessedImage]] = OrderedDict()
+        self.kept: OrderedDict[Any, asyncio.Task[ReadImage]] = OrderedDict()
         self.nbytes = 0
         self.pool = ThreadPoolExecutor(4, thread_name_prefix="images")  # decoding
         self.fetchers = ThreadPoolExecutor(16, thread_name_prefix="fetch")  # mostly waiting
@@ -61,7 +68,7 @@ class Images:
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.fetchers.shutdown(wait=False, cancel_futures=True)
 
-    async def read(self, part: ImagePart, processor: Lfm2VlProcessor) -> ProcessedImage:
+    async def read(self, part: ImagePart, processor: Lfm2VlProcessor) -> ReadImage:
         """The image, ready for the model.
 
         Raises:
@@ -84,30 +91,28 @@ class Images:
             error.param = part.param
             raise
 
-    async def _keep(self, key: Any, work: asyncio.Future[ProcessedImage]) -> ProcessedImage:
+    async def _keep(self, key: Any, work: asyncio.Future[ReadImage]) -> ReadImage:
         try:
-            image = await work
+            read = await work
         except BaseException:
             del self.kept[key]
             raise
-        self.nbytes += image.pixel_values.nbytes
+        self.nbytes += read.image.pixel_values.nbytes
         while self.nbytes > MAX_KEPT_BYTES:
             oldest = next((k for k, task in self.kept.items() if task.done()), None)
             if oldest is None:
                 break
-            self.nbytes -= self.kept.pop(oldest).result().pixel_values.nbytes
-        return image
+            self.nbytes -= self.kept.pop(oldest).result().image.pixel_values.nbytes
+        return read
 
-    def _process(
-        self, data: bytes, processor: Lfm2VlProcessor, options: ImageOptions
-    ) -> ProcessedImage:
+    def _process(self, data: bytes, processor: Lfm2VlProcessor, options: ImageOptions) -> ReadImage:
         width, height = image_size(data)
         if width * height > self.options.max_pixels:
             most = self.options.max_pixels
             raise HttpError(413, f"the image has {width}x{height} pixels; {most} are allowed")
         image = processor.image_processor(data, options)
         assert image.digest  # computed here, not in the worker's thread
-        return image
+        return ReadImage(image, (width, height))
 
     def _bytes(self, part: ImagePart) -> bytes:
         url = part.url

@@ -20,10 +20,11 @@ from .asking import (
     read_sampling,
     read_stop,
     read_stream,
+    read_tools,
 )
 from .errors import HttpError, refused
 from .fields import Fields
-from .running import Run, Update
+from .running import Delta, Run, Update
 
 INCLUDED = ("message.output_text.logprobs", "reasoning.encrypted_content")  # there is no reasoning
 TEXTS = ("input_text", "output_text", "text", "refusal")
@@ -59,6 +60,7 @@ def read_responses(body: Any) -> Ask:
             "seed": read_count(given, "seed", -(2**63), 2**63 - 1),
             "stop": read_stop(given),
             **_read_text(given),
+            **read_tools(given, wrapped=False),
         },
         max_tokens=read_count(given, "max_output_tokens", 1, MOST),
         stream=stream,
@@ -69,6 +71,8 @@ def read_responses(body: Any) -> Ask:
     ask.messages = [*first, *read_input(items, image_options)]
     kept = ("temperature", "top_p", "max_output_tokens", "metadata", "text", "user")
     ask.echo = {name: body.get(name) for name in (*kept, "top_logprobs", "instructions")}
+    for name, default in (("parallel_tool_calls", True), ("tool_choice", "auto"), ("tools", [])):
+        ask.echo[name] = default if body.get(name) is None else body[name]
     return ask
 
 
@@ -101,6 +105,18 @@ def _input(given: Fields, image_options: ImageOptions) -> dict[str, Any]:
     kind = given.get("type", str, default="message")
     for name in ("id", "status", "phase"):
         given.get(name, str)
+    if kind == "function_call":
+        given.get("call_id", str)
+        function = {"name": given.need("name", str), "arguments": given.need("arguments", str)}
+        given.end()
+        call = {"type": "function", "function": function}
+        return {"role": "assistant", "content": "", "tool_calls": [call]}
+    if kind == "function_call_output":
+        given.need("call_id", str)
+        output = given.need("output", str, list)
+        content = read_content(given, output, "output", "tool", image_options)
+        given.end()
+        return {"role": "tool", "content": content}
     if kind != "message":
         raise HttpError(
             400, f"{given.name('type')} {kind!r:.50} is not supported",
@@ -171,6 +187,8 @@ class ResponsesWriter:
         """Events for what has come."""
         if update.text or update.scores:
             self._text(update.text, update.scores)
+        for delta in update.deltas:
+            self._call(delta)
         return self._taken()
 
     def end(self) -> list[dict[str, Any]]:
@@ -213,17 +231,31 @@ class ResponsesWriter:
         place = {**self._place, "content_index": 0, "logprobs": list(scores)}
         self._event("response.output_text.delta", delta=text, **place)
 
+    def _call(self, delta: Delta) -> None:
+        if delta.name is not None:
+            item = {"type": "function_call", "call_id": delta.id, "name": delta.name}
+            item |= {"id": f"fc_{uuid.uuid4().hex}", "status": "in_progress", "arguments": ""}
+            self._open(item)
+        self.output[-1]["arguments"] += delta.arguments
+        if delta.arguments:
+            kind = "response.function_call_arguments.delta"
+            self._event(kind, delta=delta.arguments, **self._place)
+
     def _close(self) -> None:
         """Ends the item in work."""
         if not self.output or self.output[-1]["status"] == "completed":
             return
-        item = self.output[-1]
+        item, place = self.output[-1], self._place
         item["status"] = "completed"
-        [part] = item["content"]
-        place = {**self._place, "content_index": 0}
-        logprobs = part["logprobs"]
-        self._event("response.output_text.done", text=part["text"], logprobs=logprobs, **place)
-        self._event("response.content_part.done", part=part, **place)
+        if item["type"] == "message":
+            [part] = item["content"]
+            place["content_index"] = 0
+            text, logprobs = part["text"], part["logprobs"]
+            self._event("response.output_text.done", text=text, logprobs=logprobs, **place)
+            self._event("response.content_part.done", part=part, **place)
+        else:
+            kind, named = "response.function_call_arguments.done", item["name"]
+            self._event(kind, name=named, arguments=item["arguments"], **place)
         index = len(self.output) - 1
         self._event("response.output_item.done", output_index=index, item=item)
 
@@ -237,7 +269,6 @@ class ResponsesWriter:
             "id": f"resp_{self.run.id}", "object": "response", "created_at": self.created,
             "model": self.run.model, "status": status, "output": list(self.output), "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
             "previous_response_id": None, "store": False, "truncation": "disabled",
             "background": False, "reasoning": {"effort": None, "summary": None},
             **ask.echo, "text": text,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ...generation.answer import GenerationResponse
+from ...generation.tools import ToolCallDelta
+from ...prompts.tool_calls import ToolCall
 from ..pending import PendingAnswer, news
 from .asking import Ask
 from .metrics import Metrics
@@ -17,43 +21,91 @@ from .scores import Scores
 KEEPALIVE = 5.0  # seconds of silence after which a stream shows that it lives
 
 
+@dataclass(frozen=True)
+class Delta:
+    """What became certain of a tool call.
+
+    Attributes:
+        index: which call of the answer.
+        id: of the call.
+        name: of the tool, when the call begins.
+        arguments: a part of their JSON text.
+    """
+
+    index: int
+    id: str
+    name: str | None
+    arguments: str
+
+
+class Update(NamedTuple):
+    """What has come of an answer since the last time: text first, then calls."""
+
+    choice: Choice
+    text: str
+    scores: list[dict[str, Any]]
+    deltas: list[Delta]
+
+
 class Choice:
     """One answer of a request.
 
     Attributes:
-        text: so far.
+        text: so far, without tool calls.
+        calls: that are whole.
         finish_reason: once it has ended.
-        last: its newest response.
+        last, newest: its newest response and update.
     """
 
     def __init__(self, index: int, pending: PendingAnswer, scores: Scores | None) -> None:
         self.index, self.pending, self._scores = index, pending, scores
         self.text = ""
+        self.calls: list[ToolCall] = []
         self.finish_reason: str | None = None
         self.last: GenerationResponse | None = None
+        self.newest: Update | None = None
         self._told = 0
+        self._ids: list[str] = []  # of calls that have begun
 
-    def take(self, responses: Sequence[GenerationResponse]) -> Update:
-        """Takes what has come; returns it, all at once."""
-        text = "".join(response.text for response in responses)
+    def take(self, responses: Sequence[GenerationResponse]) -> list[Update]:
+        """Takes what has come; returns it, as much together as keeps its order."""
+        updates: list[Update] = []
+        for response in responses:
+            if not updates or (response.content and updates[-1].deltas):
+                updates.append(Update(self, "", [], []))
+            deltas = [self._delta(delta) for delta in response.tool_call_deltas]
+            _, text, scores, before = updates[-1]
+            updates[-1] = Update(self, text + response.content, scores, [*before, *deltas])
+            self.text += response.content
+            self.calls += response.tool_calls
         self.last = responses[-1]
         self.finish_reason = self.last.finish_reason
-        self.text += text
-        scores = [] if self._scores is None else self._scores.found[self._told :]
-        self._told += len(scores)
-        return Update(self, text, scores)
+        if self.calls and self.finish_reason == "stop":
+            self.finish_reason = "tool_calls"
+        if self._scores is not None:
+            updates[0].scores.extend(self._scores.found[self._told :])
+            self._told += len(updates[0].scores)
+        self.newest = updates[-1]
+        return updates
 
     def whole(self) -> Update:
         """All that has come."""
-        return Update(self, self.text, [] if self._scores is None else self._scores.found)
+        scores = [] if self._scores is None else self._scores.found
+        deltas = [
+            Delta(n, call_id(), call.name, json.dumps(call.arguments, ensure_ascii=False))
+            for n, call in enumerate(self.calls)
+        ]
+        return Update(self, self.text, scores, deltas)
+
+    def _delta(self, delta: ToolCallDelta) -> Delta:
+        if delta.index == len(self._ids):
+            self._ids.append(call_id())
+        return Delta(delta.index, self._ids[delta.index], delta.name, delta.arguments)
 
 
-class Update(NamedTuple):
-    """What has come of an answer since the last time."""
-
-    choice: Choice
-    text: str
-    scores: list[dict[str, Any]]
+def call_id() -> str:
+    """A name for a tool call that no other has."""
+    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 class Run:
@@ -94,7 +146,7 @@ class Run:
                     raise TimeoutError(f"no answer within {self.seconds:g} seconds")
                 if responses and self.waited is None:
                     self.waited = time.perf_counter() - self.started
-                yield [self.choices[place].take(new) for place, new in responses]
+                yield [u for place, new in responses for u in self.choices[place].take(new)]
 
     def _patience(self) -> float:
         return min(KEEPALIVE, self.seconds / 2)

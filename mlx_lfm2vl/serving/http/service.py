@@ -6,16 +6,21 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ...checkpoints.loading import load
-from ...errors import ConfigError, Lfm2VlError, PromptError
+from ...errors import Lfm2VlError
+from ...generation.grounding import Reading, Size, answers_thousandths, detect_questions
+from ...prompts.constraint import Constraint
 from ...prompts.processor import Lfm2VlProcessor, Prompt
 from ...prompts.question import Question
+from ...prompts.tool_grammar import tool_grammar
 from ..thread import Parts
 from ..worker import Worker
 from .asking import Ask
+from .detecting import DetectAsk
 from .errors import HttpError, as_http
 from .images import Images
 from .metrics import Metrics
@@ -24,6 +29,7 @@ from .running import Choice, Run
 from .scores import Scores
 
 SEEDS = 2**64
+PARAMS = {"schema": "response_format", "tool": "tools"}  # first words of errors
 
 
 class Service:
@@ -33,6 +39,7 @@ class Service:
         name: of the model.
         worker: answers.
         processor: of the model; None until it is loaded.
+        thousandths: whether it answers boxes from 0 to 1000.
         error: why it cannot be loaded.
         runs: requests under way.
         draining: whether no new ones are taken.
@@ -49,6 +56,7 @@ class Service:
     ) -> None:
         self.name, self.options = name, options
         self.processor: Lfm2VlProcessor | None = None
+        self.thousandths = False
         self.error: BaseException | None = None
         self.metrics, self.images = Metrics(), Images(options)
         self.runs: set[Run] = set()
@@ -58,13 +66,15 @@ class Service:
 
         def begin() -> Parts:
             try:
-                model, self.processor = load(
+                model, processor = load(
                     name, dtype, revision, lazy=False, adapter_path=adapter_path
                 )
             except BaseException as error:
                 self.error = error
                 raise
-            return model, self.processor
+            self.thousandths = answers_thousandths(model)
+            self.processor = processor  # from now on it is ready
+            return model, processor
 
         self.worker = Worker(
             load=begin, batch_size=options.max_batch, max_prefix_bytes=options.cache_bytes
@@ -109,8 +119,8 @@ class Service:
             raise HttpError(404, f"model {ask.model!r:.100} is not here; {self.name} is",
                             "model", "model_not_found")  # fmt: skip
 
-    async def prompt(self, ask: Ask) -> Prompt:
-        """The prompt of a request, its images read.
+    async def question(self, ask: Ask) -> Question:
+        """What a request asks, its images read and its prompt made.
 
         Raises:
             HttpError: 400, 404 or 413, naming what is wrong.
@@ -121,18 +131,16 @@ class Service:
         if len(parts) > self.options.max_images:
             raise HttpError(400, f"there are {len(parts)} images; {self.options.max_images} may be",
                             parts[self.options.max_images].param, "too_many_images")  # fmt: skip
-        images = await asyncio.gather(*(self.images.read(part, processor) for part in parts))
-        waiting = iter(images)
+        read = await asyncio.gather(*(self.images.read(part, processor) for part in parts))
+        waiting = iter([each.image for each in read])
         messages = [_with_images(message, waiting) for message in ask.messages]
-        try:
-            prompt = await asyncio.to_thread(processor, messages, tools=ask.tools)
-        except Lfm2VlError as error:
-            raise as_http(error, "messages") from None
-        length, most = len(prompt.token_ids), self.options.context
+        question = await asyncio.to_thread(make_question, ask, messages, processor)
+        length, most = len(cast(Prompt, question.prompt).token_ids), self.options.context
         if length >= most:
             raise HttpError(400, f"the prompt has {length} tokens; prompt and answer may have "
                             f"{most}", "messages", "context_length_exceeded")  # fmt: skip
-        return prompt
+        limit = min(ask.max_tokens or self.options.max_tokens, most - length)
+        return replace(question, max_tokens=limit)
 
     async def run(self, ask: Ask, started: float) -> Run:
         """Begins to answer a request.
@@ -144,19 +152,42 @@ class Service:
             raise HttpError(400, f"n is {ask.n}; it must be {self.options.max_batch} or less",
                             "n", "invalid_value")  # fmt: skip
         with self.place(ask.n - 1):
-            prompt = await self.prompt(ask)
-            questions = await asyncio.to_thread(self._questions, ask, prompt)
-        run = Run(ask, self.name, [], started, self.options.request_timeout)
-        for index, question in enumerate(questions):
-            assert self.processor is not None
+            question = await self.question(ask)
+        run = self.begin(ask, started)
+        for index in range(ask.n):
+            seed = None if question.seed is None else (question.seed + index) % SEEDS
             wants = ask.top_logprobs
-            scores = None if wants is None else Scores(self.processor, wants)
+            scores = None if wants is None else Scores(self.check_ready(), wants)
             pending = self.worker.submit(
-                question, keep_answer=True, keep_prompt=ask.n > 1, look=scores
+                replace(question, seed=seed), keep_answer=True, keep_prompt=ask.n > 1, look=scores
             )
             run.choices.append(Choice(index, pending, scores))
+        return run
+
+    def begin(self, ask: Ask, started: float) -> Run:
+        """A run without answers as yet."""
+        run = Run(ask, self.name, [], started, self.options.request_timeout)
         self.runs.add(run)
         return run
+
+    async def detect(self, ask: DetectAsk, started: float) -> tuple[Run, list[Reading], Size]:
+        """Begins to look for things in a picture.
+
+        Raises:
+            HttpError: it makes no sense, or there is no place for it.
+        """
+        processor = self.check_ready()
+        self.check_model(ask)
+        with self.place(ask.n - 1):
+            read = await self.images.read(ask.images[0], processor)
+            questions = await asyncio.to_thread(
+                detect_questions, processor, self.thousandths, read.image, ask.labels,
+                ask.max_boxes, ask.max_tokens or self.options.max_tokens,
+            )  # fmt: skip
+        run, readings = self.begin(ask, started), [Reading() for _ in questions]
+        for index, (question, reading) in enumerate(zip(questions, readings, strict=True)):
+            run.choices.append(Choice(index, self.worker.submit(question, look=reading.add), None))
+        return run, readings, read.size
 
     def end(self, run: Run) -> None:
         """Lets go of a request; what has not ended is cancelled."""
@@ -164,18 +195,6 @@ class Service:
         if run in self.runs:
             self.runs.discard(run)
             run.count(self.metrics)
-
-    def _questions(self, ask: Ask, prompt: Prompt) -> list[Question]:
-        left = self.options.context - len(prompt.token_ids)
-        most = min(ask.max_tokens or self.options.max_tokens, left)
-        seed = ask.settings.get("seed")
-        seeds = [None if seed is None else (seed + n) % SEEDS for n in range(ask.n)]
-        settings: Any = {**ask.settings, "max_tokens": most}
-        try:
-            return [Question(prompt, **{**settings, "seed": each}) for each in seeds]
-        except (PromptError, ConfigError) as error:
-            word = str(error).split()[0]
-            raise as_http(error, word if word in settings else None) from None
 
     def seconds(self, prompt_tokens: int, max_tokens: int) -> float | None:
         """What a request may take at the speeds seen so far; None if none were seen."""
@@ -196,3 +215,19 @@ def _with_images(message: dict[str, Any], images: Iterator[Any]) -> dict[str, An
         for item in message["content"]
     ]
     return {**message, "content": content}
+
+
+def make_question(ask: Ask, messages: Any, processor: Lfm2VlProcessor) -> Question:
+    """The question with its prompt; an HttpError names what makes no sense."""
+    settings = dict(ask.settings)
+    if settings.get("seed") is not None:
+        settings["seed"] %= SEEDS
+    try:
+        if settings.pop("parallel", True) is False:
+            grammar = tool_grammar(settings["tools"], settings["tool_choice"] or "auto", False)
+            settings["constraint"] = Constraint("tools", grammar)
+        return Question(messages, **settings).prepared(processor)
+    except Lfm2VlError as error:
+        word = str(error).split()[0]
+        param = PARAMS.get(word, word if word in settings else "messages")
+        raise as_http(error, param) from None

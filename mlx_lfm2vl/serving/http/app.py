@@ -22,9 +22,10 @@ from ...prompts.processor import Prompt
 from .asking import Ask
 from .body import read_json
 from .chat import ChatWriter, read_chat
-from .detecting import read_detect, write_detect
+from .detecting import detection, read_detect, write_detect
 from .errors import HttpError, as_http
 from .gate import Gate, Log, error_response
+from .page import show_page
 from .responses import ResponsesWriter, read_responses, responses_event
 from .running import Run, Update
 from .service import Service
@@ -62,6 +63,8 @@ def make_app(service: Service, log: Log) -> Starlette:
         Route("/v1/responses/input_tokens", endpoints.responses_tokens, methods=["POST"]),
         Route("/v1/detect", endpoints.detect, methods=["POST"]),
     ]
+    if service.options.page:
+        routes.append(Route("/", show_page))
     middleware = [Middleware(Gate, service=service, log=log)]
     origins = service.options.cors_origins
     if origins:
@@ -109,6 +112,7 @@ class Endpoints:
 
     async def models(self, request: Request) -> Response:
         """The model that is served."""
+        self.service.check_ready()
         return JSONResponse({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Request) -> Response:
@@ -120,10 +124,11 @@ class Endpoints:
         return JSONResponse(self._model())
 
     def _model(self) -> dict[str, Any]:
-        created = self.service.started
+        service = self.service
         return {
-            "id": self.service.name, "object": "model", "created": created,
-            "owned_by": "mlx-lfm2vl",
+            "id": service.name, "object": "model", "created": service.started,
+            "owned_by": "mlx-lfm2vl", "context": service.options.context,
+            "detection": detection(service.thousandths),
         }  # fmt: skip
 
     async def chat(self, request: Request) -> Response:

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...generation.grounding import MAX_BOXES, Reading, Size, join_boxes
+from ...generation.grounding import (
+    MAX_BOXES,
+    Reading,
+    Size,
+    box_schema,
+    detect_messages,
+    join_boxes,
+)
 from ...options import MOST
 from .asking import Ask, read_count, read_image, read_image_options
 from .errors import refused
@@ -72,3 +79,13 @@ def write_detect(run: Run, readings: Sequence[Reading], size: Size) -> dict[str,
         "boxes": [box.to_dict() for box in boxes],
         "usage": run.usage(), "timings": run.timings(),
     }  # fmt: skip
+
+
+def detection(thousandths: bool) -> dict[str, Any]:
+    """How a model is asked for boxes in a conversation: `{query}` stands for what to look for."""
+    *system, user = detect_messages("{query}", thousandths)
+    return {
+        "system": system[0]["content"] if system else None,
+        "prompt": user["content"][-1]["text"],
+        "schema": box_schema(thousandths),
+    }

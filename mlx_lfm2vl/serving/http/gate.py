@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import HttpError, as_http
 from .service import Service
 
-OPEN = ("/", "/health")  # without a key; and what the page consists of
+OPEN = ("/", "/health")  # without a key
 Log = Callable[[MutableMapping[str, Any]], None]
 
 
@@ -67,7 +67,7 @@ class Gate:
             raise HttpError(421, f"this server is not {name[:100] or 'nameless'}; "
                             "--allowed-host adds names", code="wrong_host")  # fmt: skip
         key = self.service.options.api_key
-        if key is None or scope["path"] in OPEN or scope["path"].startswith("/page/"):
+        if key is None or scope["path"] in OPEN:
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(given.encode(), key.encode()):

@@ -1,16 +1,22 @@
 """Tool calls: read, refused, written into every template, streamed, and constrained."""
 
+import dataclasses
 import json
+import math
 import random
+import sys
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal
 
+import mlx.core as mx
 import pytest
+from jsonschema import Draft202012Validator
 
-from mlx_lfm2vl import AnswerError, PromptError, Question, batch_generate, stream_generate
+from mlx_lfm2vl import AnswerError, PromptError, Question, batch_generate, load, stream_generate
 from mlx_lfm2vl.generation.answer import Answer
 from mlx_lfm2vl.generation.tools import ToolCallStream
+from mlx_lfm2vl.prompts.constraint import compiled
 from mlx_lfm2vl.prompts.processor import Lfm2VlProcessor
 from mlx_lfm2vl.prompts.tokenizer import Lfm2Tokenizer
 from mlx_lfm2vl.prompts.tool_calls import (
@@ -416,8 +422,6 @@ class Writer:
         self.ids = list(ids)
 
     def __call__(self, history, logits):
-        import mlx.core as mx
-
         return mx.where(mx.arange(logits.shape[-1])[None] == self.ids.pop(0), 1.0, -1e9)
 
 
@@ -575,6 +579,77 @@ def test_tools_of_a_file(tmp_path):
         file.write_text(text)
         with pytest.raises(PromptError, match=f"^{file}"):
             read_tools(str(file))
+
+
+WILD = {"temperature": 3.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load("demo", dtype="float32")
+
+
+def judge(call: ToolCall) -> None:
+    """A call's arguments against its tool's schema."""
+    tool = {**TOOLS[0], "parameters": {**WEATHER["parameters"], "additionalProperties": False}}
+    schema = tool["parameters"] if call.name == tool["name"] else {"maxProperties": 0}
+    assert call.name in ("get.weather", "stop")
+    Draft202012Validator(schema).validate(call.arguments)
+
+
+@pytest.mark.parametrize("choice", ["required", "get.weather", "auto"])
+def test_calls_keep_to_their_schemas(demo, choice):
+    """At a temperature at which a model does not know what it says, and in a batch."""
+    start = demo[1].tokenizer.token_id(CALL_START)
+    questions = [
+        Question("Weather?", tools=TOOLS, tool_choice=choice, seed=seed, max_tokens=250, close=True,
+                 logits_processors=[Wish(start)] if choice == "auto" else [], **WILD)
+        for seed in range(4)
+    ]  # fmt: skip
+    for result in batch_generate(*demo, questions, batch_size=4):
+        assert result.tool_calls, result.text
+        assert parse_calls(result.text) == list(result.tool_calls)
+        for call in result.tool_calls:
+            judge(call)
+            assert choice != "get.weather" or call.name == choice
+
+
+class Wish:
+    """A logits processor that makes one token certain, the first time that it is allowed."""
+
+    def __init__(self, token):
+        self.token, self.granted = token, False
+
+    def __call__(self, history, logits):
+        if self.granted or not math.isfinite(logits[0, self.token].item()):
+            return logits
+        self.granted = True
+        return mx.where(mx.arange(logits.shape[-1]) == self.token, 1e4, logits)
+
+
+def test_without_llguidance_calls_are_free_but_read(demo, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    compiled.cache_clear()
+    assert Question("?", tools=TOOLS).constraint is None
+    assert Question("?", tools=TOOLS, tool_choice="auto").constraint is None
+    for choice in ("required", "stop"):
+        with pytest.raises(
+            PromptError, match=r"tools cannot be used without llguidance: pip install 'mlx-lfm2vl\["
+        ):
+            Question("?", tools=TOOLS, tool_choice=choice)
+
+
+def test_python_functions_are_tools(demo):
+    def add(a: int, b: float = 0.5):
+        """The sum."""
+
+    questions = [
+        Question("?", tools=[tool], tool_choice="required", max_tokens=60, close=True, seed=1)
+        for tool in (add, function_schema(add))
+    ]
+    one, other = batch_generate(*demo, questions)
+    assert one == dataclasses.replace(other, index=0)
+    assert [call.name for call in one.tool_calls][:1] == ["add"]
 
 
 # ---- schemas of functions

@@ -99,11 +99,13 @@ def _of_tools(
     try:
         compiled(made)
     except PromptError:
-        for tool in tools:  # which one?
+        for function in map(function_of, tools) if can_constrain() else ():  # which one?
+            schema = {"type": "object", **(function.get("parameters") or {})}
             try:
-                compiled(Constraint("tools", tool_grammar([tool])))
+                compiled(Constraint("json", json.dumps(schema)))
             except PromptError as error:
-                raise PromptError(f"tool {function_of(tool)['name']} of {error}") from None
+                message = str(error).removeprefix("schema")
+                raise PromptError(f"tool {function['name']}{message}") from None
         raise
     return made
 
@@ -125,7 +127,8 @@ def compiled(constraint: Constraint) -> str:
         from llguidance import LLMatcher
     except ImportError:
         raise PromptError(
-            f"{NAMES.get(kind, kind)} needs llguidance: pip install 'mlx-lfm2vl[json]'"
+            f"{NAMES.get(kind, kind)} cannot be used without llguidance: "
+            "pip install 'mlx-lfm2vl[json]'"
         ) from None
     if kind == "choice":
         value = "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in value)

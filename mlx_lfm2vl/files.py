@@ -54,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; errors as for `read_text`, and a ConfigError if it is no such."""
     text = read_text(path)
     try:
-        data = json.loads(text, parse_constant=_no_number)
+        data = json.loads(text, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:  # numbers of 5000 digits, 10⁵ brackets
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
@@ -64,6 +64,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    if abs(number := float(digits)) == float("inf"):
+        raise ValueError(f"{digits:.100} is too large a number")
+    return number
 
 
 class Reader:

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 from .checkpoints.weights import write_missing
-
-FIXTURES = Path(__file__).parent / "checkpoints"
-SHARED = Path(__file__).parents[2] / "shared"
+from .helpers import FIXTURES, random_language_model
 
 
 def pytest_configure(config):
@@ -124,29 +122,6 @@ def loaded():
         return cache[name]
 
     return get
-
-
-def random_language_model(*layer_types: str):
-    """A language model whose heads are wide enough to be quantized: 64 values each."""
-    import mlx.core as mx
-
-    from mlx_lfm2vl.models.config import Lfm2Config
-    from mlx_lfm2vl.models.lfm2 import Lfm2ForCausalLM
-
-    mx.random.seed(0)
-    model = Lfm2ForCausalLM(
-        Lfm2Config(
-            vocab_size=300,
-            hidden_size=256,
-            feed_forward_size=128,
-            num_hidden_layers=len(layer_types),
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            layer_types=layer_types,
-        )
-    )
-    mx.eval(model.parameters())
-    return model
 
 
 @pytest.fixture(scope="session")

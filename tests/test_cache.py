@@ -19,7 +19,7 @@ from mlx_lfm2vl.models.lfm2 import Lfm2Model, Masks
 from mlx_lfm2vl.options import CacheOptions
 
 from .checkpoints.pictures import picture
-from .test_generation import TOLERANCE, relative
+from .helpers import TOLERANCE, relative
 
 
 def seen(length: int, size: int, keep: int) -> mx.array:

@@ -12,8 +12,7 @@ from mlx_lfm2vl.cli.convert import main
 from mlx_lfm2vl.conversion import card as module
 from mlx_lfm2vl.conversion.plan import make_plan, write_plan
 
-from .conftest import FIXTURES
-from .test_adapters import make_adapters
+from .helpers import FIXTURES, make_adapters
 
 HEAD = """---
 license: other

@@ -1,8 +1,6 @@
 """Conversations of every kind, against what `transformers` makes of them."""
 
-import json
 from datetime import datetime
-from pathlib import Path
 
 import pytest
 
@@ -10,19 +8,15 @@ from mlx_lfm2vl import ConfigError, PromptError
 from mlx_lfm2vl.prompts.template import compile_template
 from mlx_lfm2vl.prompts.tokenizer import Lfm2Tokenizer
 
-from .conftest import FIXTURES, SHARED
+from .helpers import CONVERSATIONS, FIXTURES, PUBLISHED, RENDERED
 
-HERE = Path(__file__).parent / "chat"
-CHECKPOINTS = SHARED / "checkpoints"
-CONVERSATIONS = json.loads((HERE / "conversations.json").read_text("utf-8"))
-RENDERED = json.loads((HERE / "rendered.json").read_text("utf-8"))
 TEMPLATES = list(RENDERED)
 NOW = datetime(2024, 2, 29, 12, 34, 56)
 SMALL = "first"
 
 # the small checkpoint's own template and vocabulary are always here
 every_template = pytest.mark.parametrize(
-    "template", [SMALL, *(TEMPLATES if CHECKPOINTS.exists() else [])]
+    "template", [SMALL, *(TEMPLATES if PUBLISHED.exists() else [])]
 )
 
 
@@ -33,7 +27,7 @@ def tokenizer():
 
     def get(name: str) -> Lfm2Tokenizer:
         if name not in cache:
-            folder = FIXTURES / name if name == SMALL else CHECKPOINTS / name
+            folder = FIXTURES / name if name == SMALL else PUBLISHED / name
             if (folder / "tokenizer.json").exists():
                 cache[name] = Lfm2Tokenizer.from_folder(folder)
             else:
@@ -58,7 +52,7 @@ def test_every_conversation_is_here():
     assert all(entries.keys() == CONVERSATIONS.keys() for entries in RENDERED.values())
 
 
-@pytest.mark.skipif(not CHECKPOINTS.exists(), reason="needs ../shared/checkpoints")
+@pytest.mark.skipif(not PUBLISHED.exists(), reason="needs ../shared/checkpoints")
 def test_texts_and_ids_equal(tokenizer):
     """Every conversation with every published template."""
     for template, entries in RENDERED.items():

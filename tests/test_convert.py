@@ -17,24 +17,14 @@ from mlx_lfm2vl.conversion.plan import make_plan, write_plan
 from mlx_lfm2vl.conversion.recipes import RECIPES
 from mlx_lfm2vl.models.config import load_config
 
-from .conftest import FIXTURES
-from .test_inventory import CHECKPOINTS, NAMES, inventory, shape
+from .helpers import FIXTURES, NAMES, PUBLISHED, SMALL, inventory, shape, tensors
 
 LAYOUTS = ["first", "v5", "mlx", "noprefix", "head72", "untied", "text396"]
-# the small checkpoints are 32, 40 and 48 wide
-SMALL = {"group_size": 32, "projector": False}
 
 
 @pytest.fixture
 def out(tmp_path):
     return tmp_path / "out"
-
-
-def tensors(folder) -> dict[str, mx.array]:
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found.update(mx.load(str(path)))
-    return found
 
 
 def config_of(folder) -> dict:
@@ -147,7 +137,7 @@ def test_there_and_back_is_the_identity(name, out, tmp_path):
     assert greedy(tmp_path / "back") == greedy(FIXTURES / name)
 
 
-@pytest.mark.skipif(not CHECKPOINTS.exists(), reason="needs ../shared/checkpoints")
+@pytest.mark.skipif(not PUBLISHED.exists(), reason="needs ../shared/checkpoints")
 def test_names_of_the_published_files_return():
     for row in (row for name in NAMES for row in inventory(name)):
         assert hf_name(mlx_name(row[0]), "model.vision_tower.vision_model.") == row[0]

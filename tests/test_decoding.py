@@ -13,8 +13,7 @@ from mlx_lfm2vl.models.cache import CPU_BLOCK, attention, copy_cache
 from mlx_lfm2vl.options import CacheOptions, Sampling
 
 from .checkpoints.pictures import picture
-from .conftest import random_language_model
-from .test_generation import TOLERANCE, relative
+from .helpers import TOLERANCE, random_language_model, relative
 
 OPERATIONS = 235  # of one decode step of the small checkpoint
 

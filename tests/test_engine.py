@@ -13,7 +13,7 @@ from mlx_lfm2vl.generation.engine import Engine, Row
 from mlx_lfm2vl.generation.generate import run
 
 from .checkpoints.pictures import picture
-from .conftest import random_language_model
+from .helpers import random_language_model
 
 KINDS = (
     CacheOptions(),

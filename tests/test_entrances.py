@@ -27,7 +27,7 @@ from mlx_lfm2vl.cli.batch import main as batch_main
 from mlx_lfm2vl.cli.generate import main as generate_main
 
 from .checkpoints.pictures import picture
-from .conftest import FIXTURES
+from .helpers import FIXTURES
 
 TOOLS = [{"name": "f", "description": "It does.", "parameters": {}}]
 COUNT = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}

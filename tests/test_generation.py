@@ -13,11 +13,7 @@ from PIL import Image
 from mlx_lfm2vl import GenerationResponse, PromptError, generate, stream_generate
 from mlx_lfm2vl.generation.generate import generate_step
 
-TOLERANCE = 1e-5  # float32: sums of a few hundred products in another order
-
-
-def relative(a: mx.array, b: mx.array) -> float:
-    return (mx.abs(a - b).max() / mx.abs(b).max()).item()
+from .helpers import TOLERANCE, relative
 
 
 def picture(width=200, height=130, seed=0) -> Image.Image:

@@ -9,7 +9,7 @@ from mlx_lfm2vl import ConfigError, ImageOptions, ImageProcessorConfig, Lfm2VlIm
 from mlx_lfm2vl.options import IMAGE_BOUNDS
 from mlx_lfm2vl.prompts.image_processor import _grids
 
-from .conftest import FIXTURES
+from .helpers import FIXTURES
 
 GEOMETRY = json.loads((FIXTURES / "geometry.json").read_text())
 

@@ -18,15 +18,10 @@ from mlx_lfm2vl.checkpoints.hub import resolve_model
 from mlx_lfm2vl.files import read_json
 from mlx_lfm2vl.generation.generate import generate_step
 
-from .conftest import FIXTURES
+from .helpers import FIXTURES, VALUES, places
 
 SETTINGS = ("config.json", "generation_config.json", "processor_config.json",
             "tokenizer_config.json")  # fmt: skip
-VALUES = (
-    *(0, -1, 1, 2, 3, 7, 10**6, 10**12, 2**63, 10**400, -0.5, 1e308, 1e-320),
-    *("", "no", "gelu", "full_attention", True, False, None),
-    *([], [1], [[1]], ["x"], {}, {"a": 1}, {"rope_theta": 0}, {"group_size": 0, "bits": 4}),
-)
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +30,6 @@ def folder(tmp_path_factory):
     target = tmp_path_factory.mktemp("hostile") / "model"
     shutil.copytree(FIXTURES / "v5", target, ignore=shutil.ignore_patterns("cases*"))
     return target
-
-
-def places(data, path=()):
-    """Every place inside a JSON value."""
-    yield path
-    children = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(
-        data, list) else ()  # fmt: skip
-    for key, value in children:
-        yield from places(value, (*path, key))
 
 
 def changed(data, chance):
@@ -139,6 +125,9 @@ def test_errors_name_the_file(folder):
         ("processor_config.json", "rescale_factor", 0),
         ("generation_config.json", "temperature", -1.0),
         ("generation_config.json", "top_p", "high"),
+        ("generation_config.json", "eos_token_id", 10**400),
+        ("tokenizer_config.json", "eos_token", "7"),
+        ("tokenizer_config.json", "image_token", "q" * 5000),
     ):
         file = folder / name
         before = file.read_text() if file.exists() else "{}"
@@ -150,6 +139,7 @@ def test_errors_name_the_file(folder):
         assert line is not None, (name, key)
         assert name in line, line
         assert key in line, line
+        assert len(line) < 1000
 
 
 def test_what_training_left_in_the_tokenizer_does_not_hold(folder, loaded):
@@ -344,6 +334,9 @@ def test_a_hub_that_does_not_help(hub, tmp_path):
 def test_json_of_a_model_is_read_to_its_end(tmp_path):
     with pytest.raises(ModelNotFoundError, match=r"config\.json does not exist"):
         read_json(tmp_path / "config.json")
+    (tmp_path / "many.json").write_text('{"temperature": 1e999}')
+    with pytest.raises(Lfm2VlError, match=r"many\.json is not valid JSON: 1e999 is too large"):
+        read_json(tmp_path / "many.json")
     (tmp_path / "big.json").write_bytes(b"{}")
     os.truncate(tmp_path / "big.json", 65 << 20)
     with pytest.raises(Lfm2VlError, match="at most 67108864 are read"):

@@ -14,8 +14,7 @@ import mlx_lfm2vl
 from mlx_lfm2vl import Quantization, convert
 
 from .checkpoints.weights import DIGESTS, MLX_VLM, raw_tensors
-from .conftest import FIXTURES
-from .test_parity import TOLERANCE, shapes, stored
+from .helpers import FIXTURES, TOLERANCE, shapes, stored
 
 CONVERSIONS = {
     "plain": None,
@@ -61,11 +60,11 @@ def test_our_conversion_is_its_own_bit_by_bit(name, tmp_path):
     assert ours == {key: tuple(tensor) for key, tensor in theirs.items()}
 
 
-@pytest.mark.parametrize("name", CONVERSIONS)
-def test_our_conversion_in_mlx_vlm(name, tmp_path):
+def test_our_conversions_in_mlx_vlm(tmp_path):
     pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed; its logits are kept instead")
     from .checkpoints.compare_mlx_vlm import logits
 
-    convert_as(name, tmp_path)
-    for kind, values in logits(tmp_path / name).items():
-        close(mx.array(values), kept(name)[kind])
+    for name in CONVERSIONS:
+        convert_as(name, tmp_path)
+        for kind, values in logits(tmp_path / name).items():
+            close(mx.array(values), kept(name)[kind])

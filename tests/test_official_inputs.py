@@ -13,8 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lfm2vl import Lfm2VlModel, Lfm2VlModelOutput, PromptError
 
-from .conftest import FIXTURES
-from .test_parity import close
+from .helpers import FIXTURES, close
 
 VISION_STEP = 7  # as in the script
 

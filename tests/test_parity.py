@@ -4,8 +4,6 @@ What follows the pixels is fed the official ones, since Pillow and torchvision m
 grey level.
 """
 
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -14,21 +12,9 @@ from mlx_lfm2vl.generation.generate import generate_step
 from mlx_lfm2vl.models.layers import gelu_tanh, swiglu
 
 from .checkpoints.pictures import CASES, messages
-from .conftest import FIXTURES
+from .helpers import cases_of, close, shapes, stored
 
-# float32: sums of at most a few hundred products, done in another order
-TOLERANCE = 1e-5
 LAYOUTS = ["first", "v5", "mlx", "noprefix", "head72", "untied", "text396"]
-
-
-def cases_of(name: str) -> Path:
-    """The weights of `mlx` are those of `v5` in another layout, so its cases are the same."""
-    return FIXTURES / ("v5" if name == "mlx" else name) / "cases"
-
-
-def stored(name: str, case: str) -> dict[str, np.ndarray]:
-    with np.load(cases_of(name) / f"{case}.npz") as arrays:
-        return dict(arrays)
 
 
 ALL = [
@@ -42,17 +28,6 @@ WHOLE = [(name, case) for name, case in ALL if "hidden_0" in stored(name, case)]
 whole_cases = pytest.mark.parametrize(
     ("name", "case"), WHOLE, ids=["-".join(pair) for pair in WHOLE]
 )
-
-
-def close(ours: mx.array, official: np.ndarray) -> None:
-    ours = np.asarray(ours, np.float32)
-    assert ours.shape == official.shape
-    error = np.abs(ours - official).max() / np.abs(official).max()
-    assert error < TOLERANCE, f"relative error {error:.1e}"
-
-
-def shapes(arrays: dict[str, np.ndarray]) -> list[tuple[int, int]]:
-    return [(int(rows), int(cols)) for rows, cols in arrays.get("spatial_shapes", [])]
 
 
 def forward(model, arrays, **options):

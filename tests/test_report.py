@@ -29,8 +29,7 @@ from mlx_lfm2vl.conversion.report import (
     samples,
 )
 
-from .conftest import FIXTURES
-from .test_convert import SMALL, tensors
+from .helpers import FIXTURES, SMALL, tensors
 
 V5 = FIXTURES / "v5"
 

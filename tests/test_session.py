@@ -21,7 +21,7 @@ from mlx_lfm2vl import (
 from mlx_lfm2vl.options import MOST
 
 from .checkpoints.pictures import picture
-from .conftest import FIXTURES
+from .helpers import FIXTURES
 
 GREEDY = Sampling(temperature=0)
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from mlx_lfm2vl import CacheOptions, Session, SnapshotError
 
 from .checkpoints.pictures import picture
-from .test_hostile_files import VALUES, places
+from .helpers import VALUES, places
 
 
 @pytest.fixture(scope="module", params=["plain", "rotating"])

@@ -1,9 +1,6 @@
 """What is imported on the way from process start to first token."""
 
 import ast
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,26 +8,7 @@ from PIL import Image
 
 from mlx_lfm2vl.cli.commands import COMMANDS
 
-HEAVY = ("transformers", "torch", "mlx_lm", "numpy", "PIL", "jinja2", "huggingface_hub")
-# printed after everything else, so that the last line of stdout is the list
-REPORT = """
-import atexit, json, sys
-atexit.register(lambda: print(json.dumps(sorted(m for m in sys.modules if "." not in m))))
-"""
-
-
-def modules_after(code: str, *arguments: str) -> set[str]:
-    run = subprocess.run(
-        [sys.executable, "-c", REPORT + code, *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return set(json.loads(run.stdout.splitlines()[-1]))
-
-
-def run_module(module: str) -> str:
-    return f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+from .helpers import HEAVY, modules_after, run_module
 
 
 @pytest.mark.parametrize(

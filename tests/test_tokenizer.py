@@ -8,18 +8,17 @@ import pytest
 from mlx_lfm2vl.prompts.tokenizer import Lfm2Tokenizer
 
 from .chat.strings import COUNT, SPECIAL, made_strings
-from .conftest import FIXTURES, SHARED
+from .helpers import FIXTURES, PUBLISHED
 
-CHECKPOINTS = SHARED / "checkpoints"
 NAMES = ["LFM2-VL-450M", "LFM2.5-VL-450M", "LFM2.5-VL-1.6B"]
 IDS = json.loads((Path(__file__).parent / "chat" / "token_ids.json").read_text("utf-8"))
 STRINGS = made_strings()
 LOST = "\ufffd"
 
 
-PUBLISHED = [CHECKPOINTS / name for name in NAMES] if CHECKPOINTS.exists() else []
+WHOLE = [PUBLISHED / name for name in NAMES] if PUBLISHED.exists() else []
 # the small checkpoint's vocabulary is always here
-FOLDERS = [FIXTURES / "first", *PUBLISHED]
+FOLDERS = [FIXTURES / "first", *WHOLE]
 
 
 @pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
@@ -41,9 +40,9 @@ def test_there_are_as_many_ids_as_strings():
     assert len(IDS) == len(STRINGS) == COUNT
 
 
-@pytest.mark.skipif(not PUBLISHED, reason="needs ../shared/checkpoints")
+@pytest.mark.skipif(not WHOLE, reason="needs ../shared/checkpoints")
 def test_encoding_equals_transformers():
-    for folder in PUBLISHED:
+    for folder in WHOLE:
         tokenizer = Lfm2Tokenizer.from_folder(folder)
         for text, expected in zip(STRINGS, IDS, strict=True):
             assert tokenizer.encode(text) == expected["ids"], (folder.name, text)

@@ -17,9 +17,7 @@ from mlx_lfm2vl.training.options import TrainingOptions
 from mlx_lfm2vl.training.trainer import loss_sum, make_optimizer, prepare, step
 
 from .checkpoints.pictures import TRAINED
-from .conftest import FIXTURES
-from .helpers import save_case, write_lines
-from .test_parity import stored
+from .helpers import FIXTURES, save_case, stored, write_lines
 
 EVERYTHING = tuple(PARTS)
 FULL = TrainingOptions(

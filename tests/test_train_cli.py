@@ -1,7 +1,9 @@
 """Runs of training: resumed, killed, interrupted, shared, and told what is wrong."""
 
+import copy
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from mlx_lfm2vl import DataError, TrainError, convert, generate, load
+from mlx_lfm2vl import DataError, Lfm2VlError, TrainError, convert, generate, load
 from mlx_lfm2vl.checkpoints.adapters import PARTS
 from mlx_lfm2vl.cli.train import main
 from mlx_lfm2vl.models.layers import random_seed
@@ -26,16 +28,18 @@ from mlx_lfm2vl.training.data import batch_order, collate, read_dataset
 from mlx_lfm2vl.training.metrics import answer_metric, exact_match, validation_loss
 from mlx_lfm2vl.training.options import TrainingOptions
 from mlx_lfm2vl.training.run import COLUMNS, LOG, PLOT, read_log
-from mlx_lfm2vl.training.trainer import Trainer, checkpoints, loss_sum
+from mlx_lfm2vl.training.trainer import StepReport, Trainer, checkpoints, loss_sum
 
 from .checkpoints import pictures
 from .helpers import (
     FLAGS,
     SOURCE,
+    VALUES,
     answer,
     cut,
     log_of,
     make_data,
+    places,
     result_of,
     same,
     save_picture,
@@ -171,6 +175,56 @@ def test_other_settings_are_refused(changes, message, trainer, tmp_path):
     with pytest.raises(TrainError, match=message) as info:
         trainer(replace(LORA, **changes)).resume(checkpoint)
     assert "\n" not in str(info.value)
+
+
+def test_damaged_checkpoints_are_told(trainer, tmp_path):
+    """Any value of the state replaced, an array that lacks or has another shape: one line."""
+    checkpoint = trainer(LORA).save(tmp_path, SOURCE, reports=[StepReport(1, 2.0, 0.1, 1.0, 9, 1)])
+    file, arrays = checkpoint / "training_state.json", checkpoint / "training_state.safetensors"
+    before, chance, again = json.loads(file.read_text()), random.Random(5), 0
+    for _ in range(60):
+        data = copy.deepcopy(before)
+        *way, last = chance.choice([place for place in places(data) if place])
+        owner = data
+        for key in way:
+            owner = owner[key]
+        owner[last] = copy.deepcopy(chance.choice(VALUES))
+        if isinstance(owner, dict) and chance.random() < 0.3:
+            del owner[last]
+        file.write_text(json.dumps(data))
+        said = "checkpoint-000000"
+        try:
+            trainer(LORA).resume(checkpoint)
+            again += 1
+        except Lfm2VlError as error:
+            said = str(error)
+        assert said.partition("\n")[1] == ""
+        assert "checkpoint-000000" in said
+    assert again < 30
+    file.write_text(json.dumps(before))
+    for path in (arrays, checkpoint / "adapters.safetensors"):
+        whole = path.read_bytes()
+        tensors = mx.load(str(path))
+        name = next(n for n, array in tensors.items() if array.ndim == 2)
+        shape = tensors[name].shape
+        for change, message in ((None, "lacks"), (mx.zeros((3, 3)), r"has .* of shape \(3, 3\)")):
+            spoilt = {n: array for n, array in tensors.items() if n != name}
+            mx.save_safetensors(str(path), spoilt if change is None else {**spoilt, name: change})
+            with pytest.raises(TrainError, match=rf"{message}.*must have shape \({shape[0]}, "):
+                trainer(LORA).resume(checkpoint)
+        path.write_bytes(whole)
+    trainer(LORA).resume(checkpoint)
+
+
+def test_damaged_logs_are_told(tmp_path):
+    header, row = ",".join(COLUMNS), "1,2.0,0.001,1.0,9,1,,"
+    log = tmp_path / LOG
+    for text in ("2,x,,,,,,", "two,2.0,,,,,,", "2,2.0", "2" + ",1" * 9, ",2.0,,,,,,", "2\0,,,,,,,"):
+        log.write_text(f"{header}\n{row}\n{text}\n")
+        with pytest.raises(TrainError, match=r"log\.csv:3 is no row of a log"):
+            read_log(log, 9)
+    log.write_text(f"{header}\n{row}\n3{row[1:]}\n")
+    assert [row["step"] for row in read_log(log, 2)] == ["1"]
 
 
 def test_other_data_is_refused(trainer, samples, tmp_path):

@@ -21,8 +21,20 @@ from mlx_lfm2vl.training.metrics import load_metric
 from mlx_lfm2vl.training.options import RunOptions
 from mlx_lfm2vl.training.trainer import Trainer, checkpoints
 
-from .helpers import FLAGS, SOURCE, answer, log_of, make_data, result_of, same, user, write_lines
-from .test_startup import HEAVY, modules_after, run_module
+from .helpers import (
+    FLAGS,
+    HEAVY,
+    SOURCE,
+    answer,
+    log_of,
+    make_data,
+    modules_after,
+    result_of,
+    run_module,
+    same,
+    user,
+    write_lines,
+)
 
 
 @pytest.fixture(scope="module")

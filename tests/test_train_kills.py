@@ -17,8 +17,7 @@ from mlx_lfm2vl.cli.train import main
 from mlx_lfm2vl.training.run import LOG
 from mlx_lfm2vl.training.trainer import STATE_ARRAYS, checkpoints
 
-from .conftest import FIXTURES
-from .helpers import FLAGS, answer, make_data, user, write_lines
+from .helpers import FIXTURES, FLAGS, answer, make_data, user, write_lines
 
 KILLS = 20
 STEPS = 31

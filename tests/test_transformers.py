@@ -13,8 +13,7 @@ from PIL import Image
 from mlx_lfm2vl import convert, generate, load
 
 from .checkpoints.pictures import messages
-from .conftest import FIXTURES
-from .test_parity import close, stored
+from .helpers import FIXTURES, close, stored
 
 pytest.importorskip("torch", reason="needs PyTorch")
 

@@ -13,7 +13,7 @@ import mlx_lfm2vl
 from mlx_lfm2vl import WeightsError
 from mlx_lfm2vl.checkpoints.loading import choose_dtype
 
-from .test_parity import TOLERANCE, shapes, stored
+from .helpers import TOLERANCE, shapes, stored
 
 AFFINE_4 = {"group_size": 32, "bits": 4}
 

@@ -22,18 +22,13 @@ from mlx_lfm2vl import (
     PromptError,
     Worker,
     generate,
-    load,
 )
 from mlx_lfm2vl.generation.decoding import DecodeStep
 
 from .checkpoints.pictures import picture
+from .helpers import WAIT, Gate, load_v5
 
 FOLDER = Path(__file__).parent / "checkpoints" / "v5"
-WAIT = 30  # seconds, for what takes far less
-
-
-def load_v5():
-    return load(FOLDER, dtype="float32")
 
 
 @pytest.fixture
@@ -44,18 +39,6 @@ def worker():
 
 def worker_threads():
     return [t for t in threading.enumerate() if t.name.startswith("mlx_lfm2vl")]
-
-
-class Gate:
-    """Keeps a worker busy until it is opened: a logits processor that waits."""
-
-    def __init__(self):
-        self.entered, self.opened = threading.Event(), threading.Event()
-
-    def __call__(self, tokens, logits):
-        self.entered.set()
-        assert self.opened.wait(WAIT)
-        return logits
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from mlx_lfm2vl import AnswerCancelled, ImageError, Lfm2VlError, PromptError, Worker, generate
 
 from .checkpoints.pictures import picture
-from .test_worker import WAIT, Gate, load_v5
+from .helpers import WAIT, Gate, load_v5
 
 FOUR = [picture(60, 40, n) for n in range(4)]
 

@@ -27,8 +27,7 @@ from mlx_lfm2vl.checkpoints.writing import (
 from mlx_lfm2vl.cli.convert import main
 from mlx_lfm2vl.errors import OutputError
 
-from .conftest import FIXTURES
-from .test_adapters import make_adapters
+from .helpers import FIXTURES, make_adapters
 
 V5 = FIXTURES / "v5"
 

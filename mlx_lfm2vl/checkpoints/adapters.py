@@ -9,7 +9,6 @@ question imports nothing of mlx-lm.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -123,10 +122,10 @@ def read_adapters(folder: str | Path) -> Adapters:
         return Adapters(1.0, {}, tensors)
     parameters = config.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, Mapping) else None
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < 1e308:
         raise TrainError(
             f"{path / ADAPTER_CONFIG} has no lora_parameters with a scale, a number; it is "
-            f"{scale!r}"
+            f"{scale!r:.100}"
         )
     return Adapters(float(scale), dict(_updates(tensors, path)), {})
 

@@ -18,6 +18,7 @@ from ..options import Bound
 WIDTH = Bound(int, 1, 1 << 18)  # far beyond any published model; more is a mistake, not a size
 COUNT = Bound(int, 1, 1000)  # layers and heads
 VOCABULARY = Bound(int, 1, 1 << 24)
+TOKEN_ID = Bound(int, 0, (1 << 24) - 1)
 SMALL = Bound(float, 1e-30, 1)  # what is added before a division
 MODEL_TYPES = ("lfm2_vl", "lfm2-vl")
 VISION_MODEL_TYPES = ("siglip2_vision_model", "lfm2_vl")
@@ -301,9 +302,11 @@ def _quantization(top: Reader) -> Mapping[str, Any] | None:
 
 
 def _token_ids(reader: Reader) -> tuple[int, ...]:
+    """The tokens that end an answer; with one that no embedding has, none does."""
     value = reader.data.get("eos_token_id")
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]
-    reader.check(all(type(i) is int for i in ids), "eos_token_id", value, "token ids")
+    good = all(map(TOKEN_ID.fits, ids))
+    reader.check(good, "eos_token_id", value, f"token ids, each {TOKEN_ID}")
     return tuple(ids)

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, ModelNotFoundError, PromptError
+from ..errors import ConfigError, ModelNotFoundError, PromptError, one_line
 from ..files import read_json, read_text, regular_file
 
 if TYPE_CHECKING:
@@ -104,12 +104,20 @@ class Lfm2Tokenizer:
             template = read_text(template_path)
         tokenizer.no_truncation()  # what training has left in the file
         tokenizer.no_padding()
-        return cls(tokenizer, _token_names(settings), template)
+        names = _token_names(settings)
+        there = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
+        for key in ("image_token", "eos_token", "bos_token"):
+            if names[key] not in there:
+                source = "tokenizer_config.json" if key in settings else "the family"
+                raise ConfigError(
+                    f"{path} has no special token {one_line(names[key])}, the {key} of {source}"
+                )
+        return cls(tokenizer, names, template)
 
     def token_id(self, token: str) -> int:
         """The id of a special token; a ConfigError if the tokenizer has none."""
         if token not in self.special_tokens:
-            raise ConfigError(f"tokenizer.json has no special token {token}")
+            raise ConfigError(f"tokenizer.json has no special token {one_line(token)}")
         return self.special_tokens[token]
 
     def tile_token_id(self, row: int, col: int) -> int:

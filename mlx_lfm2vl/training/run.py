@@ -215,11 +215,28 @@ def is_log(path: Path) -> bool:
 
 
 def read_log(path: Path, steps_done: int) -> list[Row]:
-    """The rows of a log up to a step; what came after the checkpoint is written again."""
+    """The rows of a log up to a step; what came after the checkpoint is written again.
+
+    Raises:
+        TrainError: the log is not one, or a row of it is damaged.
+    """
     if steps_done == 0 or not path.exists():
         return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if int(row["step"]) <= steps_done]
+    rows: list[Row] = []
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                numbers = {name: float(text) for name, text in row.items() if text != ""}
+                if [*row] != [*COLUMNS] or "step" not in numbers:
+                    raise ValueError
+                if int(row["step"]) <= steps_done:
+                    rows.append(row)
+        except (ValueError, TypeError, csv.Error):
+            raise TrainError(
+                f"{path}:{reader.line_num} is no row of a log; remove it to resume"
+            ) from None
+    return rows
 
 
 def check_plot() -> None:

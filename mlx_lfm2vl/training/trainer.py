@@ -6,9 +6,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -25,9 +25,10 @@ from ..checkpoints.weights import check_file, read_weights
 from ..checkpoints.writing import TRAINING_STATE, complete_folder, write_json
 from ..conversion.plan import make_plan, write_files, write_weights
 from ..errors import TrainError
-from ..files import read_json
+from ..files import REQUIRED, Reader, read_json
 from ..models.layers import random_seed
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration, Lfm2VlModel
+from ..options import Bound
 from ..prompts.processor import Lfm2VlProcessor
 from .data import Batch, Dataset, batch_order, collate, prefetch
 from .options import TrainingOptions
@@ -35,6 +36,14 @@ from .options import TrainingOptions
 MUON_RATE = 5.0  # Muon's learning rate over that of AdamW, which it leaves vectors and tables to
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 STATE_ARRAYS = "training_state.safetensors"
+# the numbers of a checkpoint
+STATE = {
+    "step": Bound(int, 0, 1 << 40),
+    "random_seed": Bound(int, 0, (1 << 64) - 1),
+    "samples": Bound(int, 0, 1 << 40),
+    "data": Bound(int, 0, (1 << 64) - 1),  # a digest
+    "machines": Bound(int, 1, 1 << 20),
+}
 
 
 @dataclass(frozen=True)
@@ -236,9 +245,9 @@ class Trainer:
             the reports that `save` was given.
 
         Raises:
-            TrainError: other options or other data than then.
+            TrainError: other options or other data than then, or a damaged checkpoint.
         """
-        before, now = read_json(checkpoint / TRAINING_STATE), self._description()
+        before, now = read_state(checkpoint / TRAINING_STATE), self._description()
         for name, value in now["options"].items():
             if (old := before["options"].get(name)) != value:
                 raise TrainError(
@@ -250,15 +259,18 @@ class Trainer:
                 raise TrainError(f"{checkpoint} had {before[name]} {name}, not {now[name]}")
         if before["data"] != now["data"]:
             raise TrainError(f"{checkpoint} was made with other samples; resume with the same data")
-        self.steps_done = int(before["step"])
         whole = self.adapter_config is None
         weights = read_weights(checkpoint) if whole else load_arrays(checkpoint / ADAPTER_WEIGHTS)
         learning = dict(tree_flatten(self.model.trainable_parameters()))
+        check_shapes(checkpoint, learning, weights)
+        state = load_arrays(checkpoint / STATE_ARRAYS)
+        check_shapes(checkpoint / STATE_ARRAYS, dict(tree_flatten(self.optimizer.state)), state)
+        self.steps_done = before["step"]
         self.model.load_weights([(n, weights[n]) for n in learning], strict=False)
-        self.optimizer.state = tree_unflatten(list(load_arrays(checkpoint / STATE_ARRAYS).items()))
-        mx.random.seed(int(before["random_seed"]))
+        self.optimizer.state = tree_unflatten(list(state.items()))
+        mx.random.seed(before["random_seed"])
         mx.eval(self.model.parameters(), self.optimizer.state)
-        return [StepReport(**report) for report in before.get("reports", [])]
+        return [StepReport(**report) for report in before["reports"]]
 
     def begin_with(self, file: Path) -> None:
         """Takes the weights of an earlier run, such as its `adapters.safetensors`, to begin with.
@@ -399,6 +411,35 @@ def writing(target: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         raise TrainError(f"{target} could not be written: {error}") from error
+
+
+def read_state(file: Path) -> dict[str, Any]:
+    """What a checkpoint tells of its run; a TrainError if anything in it is of another kind."""
+    data = read_json(file)
+    reader = Reader(data, str(file))
+    for key, bound in STATE.items():
+        reader.get(key, int, default=REQUIRED, bound=bound)
+    reader.get("options", dict, default=REQUIRED)
+    data["reports"] = reader.get("reports", list, default=[])
+    names = {field.name for field in fields(StepReport)}
+    for report in data["reports"]:
+        good = isinstance(report, dict) and report.keys() == names
+        good = good and all(isinstance(value, (int, float)) for value in report.values())
+        reader.check(good, "reports", report, "reports of steps")
+    return data
+
+
+def check_shapes(
+    source: Path, wanted: Mapping[str, mx.array], found: Mapping[str, mx.array]
+) -> None:
+    """Raises a TrainError if a checkpoint lacks an array, or has it in another shape."""
+    for name, array in wanted.items():
+        if name not in found or found[name].shape != array.shape:
+            there = f"has {name} of shape {found[name].shape}" if name in found else f"lacks {name}"
+            raise TrainError(
+                f"{source} {there}; it must have shape {array.shape}; remove this checkpoint to "
+                "resume from the one before"
+            )
 
 
 def load_arrays(file: Path) -> dict[str, mx.array]:

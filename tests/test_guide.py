@@ -37,7 +37,7 @@ from mlx_lfm2vl.prompts.json_schema import read_schema
 from mlx_lfm2vl.prompts.tokenizer import Lfm2Tokenizer
 
 from .checkpoints.pictures import picture
-from .conftest import FIXTURES
+from .helpers import FIXTURES
 
 SCHEMAS = json.loads((FIXTURES / "schemas.json").read_text(encoding="utf-8"))
 WILD = {"temperature": 3.0, "top_p": 1.0}

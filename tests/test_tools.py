@@ -28,7 +28,7 @@ from mlx_lfm2vl.prompts.tool_calls import (
 )
 from mlx_lfm2vl.prompts.tool_grammar import function_schema, read_tools, tool_grammar
 
-from .conftest import FIXTURES, SHARED
+from .helpers import FIXTURES, PUBLISHED
 
 
 def marked(text: str) -> str:
@@ -193,7 +193,7 @@ def processor(request, loaded) -> Lfm2VlProcessor:
     own = {"drops calls": OWN, "spoils calls": REPR, "small": ours.tokenizer.chat_template}
     template = own.get(request.param)
     if template is None:
-        path = SHARED / "checkpoints" / request.param / "chat_template.jinja"
+        path = PUBLISHED / request.param / "chat_template.jinja"
         if not path.exists():
             pytest.skip("needs ../shared/checkpoints")
         template = path.read_text("utf-8")
@@ -238,14 +238,14 @@ def test_several_calls_survive_every_template(processor):
 
 
 def test_simple_calls_look_as_the_template_writes_them():
-    path = SHARED / "checkpoints" / "LFM2.5-VL-3B" / "chat_template.jinja"
+    path = PUBLISHED / "LFM2.5-VL-3B" / "chat_template.jinja"
     if not path.exists():
         pytest.skip("needs ../shared/checkpoints")
     from mlx_lfm2vl.prompts.template import compile_template
     from mlx_lfm2vl.prompts.tool_calls import call_style, carry_calls
 
     for name in ("LFM2.5-VL-450M", "LFM2.5-VL-3B"):
-        path = SHARED / "checkpoints" / name / "chat_template.jinja"
+        path = PUBLISHED / name / "chat_template.jinja"
         template = compile_template(path.read_text("utf-8"))
 
         def render(messages, add_generation_prompt=True, template=template):

@@ -627,15 +627,46 @@ class Wish:
         return mx.where(mx.arange(logits.shape[-1]) == self.token, 1e4, logits)
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": {"x": {"type": "object", "required": 5}}},
+        {"properties": {"x": {"enum": 5}}},
+        {"properties": {"x": {"anyOf": {}}}},
+        {"properties": {"x": {}}, "required": 5},
+        {"properties": {"x": {"$ref": "#/$defs/none"}}},
+        {"properties": {"x": {"type": "string", "pattern": "("}}},
+        {"properties": {"x": {"type": "integer", "minimum": 2, "maximum": 1}}, "required": ["x"]},
+    ],
+)
+def test_schemas_that_make_no_sense_are_told(parameters):
+    with pytest.raises(PromptError, match=r"^tool f cannot be used: .") as told:
+        Question("?", tools=[{"name": "f", "parameters": parameters}])
+    assert "\n" not in str(told.value)
+
+
+def test_arguments_that_no_name_tells_come_as_json(accepts):
+    shared = {"$defs": {"a": {"type": "object", "properties": {"x": {"type": "integer"}}}}}
+    for parameters in (
+        {"$ref": "#/$defs/a", **shared},
+        {"type": "object", "additionalProperties": {"type": "integer"}},
+        {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}], **shared},
+    ):
+        grammar = Question("?", tools=[{"name": "f", "parameters": parameters}]).constraint.value
+        assert accepts(grammar, marked('[{"name": "f", "arguments": {"x": 1}}]')), parameters
+        assert not accepts(grammar, marked('[{"name": "f", "arguments": {"x": "a"}}]')), parameters
+    none = tool_grammar([{"name": "f", "parameters": {"type": "object"}}])
+    assert accepts(none, marked("[f()]"))
+    assert not accepts(none, marked('[{"name": "f", "arguments": {"x": 1}}]'))
+
+
 def test_without_llguidance_calls_are_free_but_read(demo, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     compiled.cache_clear()
     assert Question("?", tools=TOOLS).constraint is None
     assert Question("?", tools=TOOLS, tool_choice="auto").constraint is None
     for choice in ("required", "stop"):
-        with pytest.raises(
-            PromptError, match=r"tools cannot be used without llguidance: pip install 'mlx-lfm2vl\["
-        ):
+        with pytest.raises(PromptError, match=f"tool_choice '{choice}' cannot be used without"):
             Question("?", tools=TOOLS, tool_choice=choice)
 
 

@@ -66,7 +66,7 @@ class Vocabulary:
             limits = LLParserLimits(verbose_errors=False)
             made = LLMatcher(self.tokens, compiled(constraint), log_level=0, limits=limits)
             if made.is_error():
-                raise refusal(constraint, made.get_error())
+                raise refusal(constraint.name, made.get_error())
             if len(self.matchers) == MOST_MATCHERS:
                 self.matchers.clear()
             self.matchers[constraint] = made
@@ -168,7 +168,7 @@ class Guide:
 
     def _check(self) -> None:
         if self.matcher.is_error():
-            raise refusal(self.constraint, self.matcher.get_error())
+            raise refusal(self.constraint.name, self.matcher.get_error())
 
     def _text(self, tokens: list[int]) -> bytes:
         """The text of tokens, with marks for special ones."""

@@ -11,8 +11,7 @@ import argparse
 import json
 from typing import Any, Literal
 
-from mlx_lfm2vl import Lfm2VlError, Question, batch_generate, load
-from mlx_lfm2vl.prompts.tool_calls import ToolCall
+from mlx_lfm2vl import Lfm2VlError, Question, ToolCall, batch_generate, load
 
 
 def get_weather(city: str, unit: Literal["celsius", "fahrenheit"] = "celsius") -> dict[str, Any]:

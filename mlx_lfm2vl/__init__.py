@@ -31,6 +31,17 @@ if TYPE_CHECKING:
     from .generation.batch import BatchResult, batch_generate, stream_batch
     from .generation.engine import Engine
     from .generation.generate import generate, stream_generate
+    from .generation.grounding import (
+        Block,
+        Box,
+        detect,
+        draw,
+        extract,
+        layout,
+        parse_boxes,
+        to_coco,
+        to_supervision,
+    )  # fmt: skip
     from .models.config import Lfm2VlConfig
     from .models.lfm2_vl import (
         Lfm2VlForConditionalGeneration,
@@ -44,6 +55,8 @@ if TYPE_CHECKING:
     from .prompts.image_processor import Lfm2VlImageProcessor
     from .prompts.processor import Lfm2VlProcessor, Prompt
     from .prompts.question import Question
+    from .prompts.tool_calls import ToolCall, parse_calls
+    from .prompts.tool_grammar import function_schema
     from .serving.pending import AnswerCancelled, PendingAnswer
     from .serving.prefixes import PrefixStore
     from .serving.session import Session, Usage
@@ -67,6 +80,8 @@ _EXPORTS = {
         "generation.batch": "BatchResult batch_generate stream_batch",
         "generation.engine": "Engine",
         "generation.generate": "generate stream_generate",
+        "generation.grounding": "Block Box detect draw extract layout parse_boxes to_coco "
+        "to_supervision",
         "models.config": "Lfm2VlConfig",
         "models.lfm2_vl": "Lfm2VlForConditionalGeneration Lfm2VlImageOutput Lfm2VlModel "
         "Lfm2VlModelOutput Lfm2VlOutput",
@@ -75,6 +90,8 @@ _EXPORTS = {
         "prompts.image_processor": "Lfm2VlImageProcessor",
         "prompts.processor": "Lfm2VlProcessor Prompt",
         "prompts.question": "Question",
+        "prompts.tool_calls": "ToolCall parse_calls",
+        "prompts.tool_grammar": "function_schema",
         "serving.pending": "AnswerCancelled PendingAnswer",
         "serving.prefixes": "PrefixStore",
         "serving.session": "Session Usage",

@@ -30,6 +30,9 @@ from .checkpoints.pictures import picture
 from .helpers import FIXTURES
 
 TOOLS = [{"name": "f", "description": "It does.", "parameters": {}}]
+COUNT = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+NUMBERS = [*TOOLS, {"name": "count", "parameters": COUNT}]
+ODD = [*TOOLS, {"name": "odd", "parameters": {"properties": {"x": {"not": {}}}}}]
 RED = picture(60, 40, 1)
 SCHEMA = {
     "type": "object",
@@ -122,6 +125,34 @@ CASES = [
     setting("seed", "x", fails="seed is 'x'"),
     setting("tools", TOOLS),
     setting("tools", "f", fails="tools is 'f'; it must be a list"),
+    setting("tools", ["f"], fails="tool 'f' has no name"),
+    setting("tools", ODD, "--tools", "odd.json", fails="tool odd cannot be used: Unimplemented"),
+    setting("tools", NUMBERS, "--tools", "numbers.json", "-m", "30", max_tokens=30),
+    *(
+        setting(
+            "tool_choice", choice, "--tools", "numbers.json", "--tool-choice", choice, "-m", "30",
+            tools=NUMBERS, max_tokens=30,
+        )
+        for choice in ("none", "auto", "required", "count")
+    ),
+    setting(
+        "tool_choice", "any", "--tools", "numbers.json", "--tool-choice", "any", tools=NUMBERS,
+        fails="tool_choice is 'any'; it must be one of none, auto, required, f, count",
+    ),
+    setting(
+        "tool_choice", "required", "--tool-choice", "required",
+        fails="tool_choice 'required' needs tools",
+    ),
+    setting(
+        "tools", NUMBERS, "--tools", "numbers.json", "--regex", "a", regex="a",
+        fails="regex and tools exclude each other; give one of them",
+    ),
+    Case(
+        "tools and image", images=RED,
+        settings={"tools": NUMBERS, "tool_choice": "required", "max_tokens": 30},
+        flags=("--image", "red.png", "--tools", "numbers.json", "--tool-choice", "required",
+               "-m", "30"),
+    ),
     setting("image_options", {"tile_size": 32}, fails="image_options is {'tile_size': 32}"),
     setting("cache_options", CacheOptions(200, 10), "--max-kv-size", "200", "--keep", "10"),
     setting("cache_options", CacheOptions(400), "--max-kv-size", "400"),
@@ -248,6 +279,8 @@ PYTHON = (by_generate, by_stream, by_question, by_batch)
 def test_entrances_agree(case, parts, worker, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(np.asarray(RED)).save("red.png")
+    for name, tools in (("numbers", NUMBERS), ("odd", ODD)):
+        Path(f"{name}.json").write_text(json.dumps(tools))
     settings = DEFAULTS | case.settings
     found = {
         ask.__name__: outcome(lambda ask=ask: ask(parts, case.prompt, case.images, settings))

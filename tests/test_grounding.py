@@ -32,7 +32,7 @@ from mlx_lfm2vl.generation.grounding import (
 from mlx_lfm2vl.options import ImageOptions
 from mlx_lfm2vl.prompts.json_schema import JSON_STYLE
 
-from .conftest import FIXTURES
+from .helpers import FIXTURES
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "demo"))

@@ -37,7 +37,7 @@ from mlx_lfm2vl.prompts.json_schema import read_schema
 from mlx_lfm2vl.prompts.tokenizer import Lfm2Tokenizer
 
 from .checkpoints.pictures import picture
-from .conftest import FIXTURES
+from .helpers import FIXTURES
 
 SCHEMAS = json.loads((FIXTURES / "schemas.json").read_text(encoding="utf-8"))
 WILD = {"temperature": 3.0, "top_p": 1.0}
@@ -373,7 +373,9 @@ def test_fields_without_a_schema_are_named():
 def test_missing_llguidance_is_told(monkeypatch):
     compiled.cache_clear()
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(PromptError, match=r"needs llguidance: pip install 'mlx-lfm2vl\[json\]'"):
+    with pytest.raises(
+        PromptError, match=r"cannot be used without llguidance: pip install 'mlx-lfm2vl\[json\]'"
+    ):
         Question("What is it?", schema=True)
     assert Question("What is it?").constraint is None
 

@@ -74,8 +74,9 @@ def test_commands_run(line, folder, fixtures):
     elif "train" in line or "fuse" in line or "adapter" in line:
         line = prepare_training(line, folder, fixtures)
     else:
+        more = "" if "detect" in line else " -m 200"
         line = re.sub(
-            r"python -m (\S+)", rf"{sys.executable} -m \1 --model {fixtures / 'v5'} -m 200", line
+            r"python -m (\S+)", rf"{sys.executable} -m \1 --model {fixtures / 'v5'}{more}", line
         )
     (folder / "photos").mkdir()
     (folder / "photos" / "a.jpg").write_bytes((folder / "photo.jpg").read_bytes())

@@ -1,16 +1,22 @@
 """Tool calls: read, refused, written into every template, streamed, and constrained."""
 
+import dataclasses
 import json
+import math
 import random
+import sys
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal
 
+import mlx.core as mx
 import pytest
+from jsonschema import Draft202012Validator
 
-from mlx_lfm2vl import AnswerError, PromptError, Question, batch_generate, stream_generate
+from mlx_lfm2vl import AnswerError, PromptError, Question, batch_generate, load, stream_generate
 from mlx_lfm2vl.generation.answer import Answer
 from mlx_lfm2vl.generation.tools import ToolCallStream
+from mlx_lfm2vl.prompts.constraint import compiled
 from mlx_lfm2vl.prompts.processor import Lfm2VlProcessor
 from mlx_lfm2vl.prompts.tokenizer import Lfm2Tokenizer
 from mlx_lfm2vl.prompts.tool_calls import (
@@ -22,7 +28,7 @@ from mlx_lfm2vl.prompts.tool_calls import (
 )
 from mlx_lfm2vl.prompts.tool_grammar import function_schema, read_tools, tool_grammar
 
-from .conftest import FIXTURES, SHARED
+from .helpers import FIXTURES, PUBLISHED
 
 
 def marked(text: str) -> str:
@@ -187,7 +193,7 @@ def processor(request, loaded) -> Lfm2VlProcessor:
     own = {"drops calls": OWN, "spoils calls": REPR, "small": ours.tokenizer.chat_template}
     template = own.get(request.param)
     if template is None:
-        path = SHARED / "checkpoints" / request.param / "chat_template.jinja"
+        path = PUBLISHED / request.param / "chat_template.jinja"
         if not path.exists():
             pytest.skip("needs ../shared/checkpoints")
         template = path.read_text("utf-8")
@@ -232,14 +238,14 @@ def test_several_calls_survive_every_template(processor):
 
 
 def test_simple_calls_look_as_the_template_writes_them():
-    path = SHARED / "checkpoints" / "LFM2.5-VL-3B" / "chat_template.jinja"
+    path = PUBLISHED / "LFM2.5-VL-3B" / "chat_template.jinja"
     if not path.exists():
         pytest.skip("needs ../shared/checkpoints")
     from mlx_lfm2vl.prompts.template import compile_template
     from mlx_lfm2vl.prompts.tool_calls import call_style, carry_calls
 
     for name in ("LFM2.5-VL-450M", "LFM2.5-VL-3B"):
-        path = SHARED / "checkpoints" / name / "chat_template.jinja"
+        path = PUBLISHED / name / "chat_template.jinja"
         template = compile_template(path.read_text("utf-8"))
 
         def render(messages, add_generation_prompt=True, template=template):
@@ -416,8 +422,6 @@ class Writer:
         self.ids = list(ids)
 
     def __call__(self, history, logits):
-        import mlx.core as mx
-
         return mx.where(mx.arange(logits.shape[-1])[None] == self.ids.pop(0), 1.0, -1e9)
 
 
@@ -575,6 +579,108 @@ def test_tools_of_a_file(tmp_path):
         file.write_text(text)
         with pytest.raises(PromptError, match=f"^{file}"):
             read_tools(str(file))
+
+
+WILD = {"temperature": 3.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load("demo", dtype="float32")
+
+
+def judge(call: ToolCall) -> None:
+    """A call's arguments against its tool's schema."""
+    tool = {**TOOLS[0], "parameters": {**WEATHER["parameters"], "additionalProperties": False}}
+    schema = tool["parameters"] if call.name == tool["name"] else {"maxProperties": 0}
+    assert call.name in ("get.weather", "stop")
+    Draft202012Validator(schema).validate(call.arguments)
+
+
+@pytest.mark.parametrize("choice", ["required", "get.weather", "auto"])
+def test_calls_keep_to_their_schemas(demo, choice):
+    """At a temperature at which a model does not know what it says, and in a batch."""
+    start = demo[1].tokenizer.token_id(CALL_START)
+    questions = [
+        Question("Weather?", tools=TOOLS, tool_choice=choice, seed=seed, max_tokens=250, close=True,
+                 logits_processors=[Wish(start)] if choice == "auto" else [], **WILD)
+        for seed in range(4)
+    ]  # fmt: skip
+    for result in batch_generate(*demo, questions, batch_size=4):
+        assert result.tool_calls, result.text
+        assert parse_calls(result.text) == list(result.tool_calls)
+        for call in result.tool_calls:
+            judge(call)
+            assert choice != "get.weather" or call.name == choice
+
+
+class Wish:
+    """A logits processor that makes one token certain, the first time that it is allowed."""
+
+    def __init__(self, token):
+        self.token, self.granted = token, False
+
+    def __call__(self, history, logits):
+        if self.granted or not math.isfinite(logits[0, self.token].item()):
+            return logits
+        self.granted = True
+        return mx.where(mx.arange(logits.shape[-1]) == self.token, 1e4, logits)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": {"x": {"type": "object", "required": 5}}},
+        {"properties": {"x": {"enum": 5}}},
+        {"properties": {"x": {"anyOf": {}}}},
+        {"properties": {"x": {}}, "required": 5},
+        {"properties": {"x": {"$ref": "#/$defs/none"}}},
+        {"properties": {"x": {"type": "string", "pattern": "("}}},
+        {"properties": {"x": {"type": "integer", "minimum": 2, "maximum": 1}}, "required": ["x"]},
+    ],
+)
+def test_schemas_that_make_no_sense_are_told(parameters):
+    with pytest.raises(PromptError, match=r"^tool f cannot be used: .") as told:
+        Question("?", tools=[{"name": "f", "parameters": parameters}])
+    assert "\n" not in str(told.value)
+
+
+def test_arguments_that_no_name_tells_come_as_json(accepts):
+    shared = {"$defs": {"a": {"type": "object", "properties": {"x": {"type": "integer"}}}}}
+    for parameters in (
+        {"$ref": "#/$defs/a", **shared},
+        {"type": "object", "additionalProperties": {"type": "integer"}},
+        {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}], **shared},
+    ):
+        grammar = Question("?", tools=[{"name": "f", "parameters": parameters}]).constraint.value
+        assert accepts(grammar, marked('[{"name": "f", "arguments": {"x": 1}}]')), parameters
+        assert not accepts(grammar, marked('[{"name": "f", "arguments": {"x": "a"}}]')), parameters
+    none = tool_grammar([{"name": "f", "parameters": {"type": "object"}}])
+    assert accepts(none, marked("[f()]"))
+    assert not accepts(none, marked('[{"name": "f", "arguments": {"x": 1}}]'))
+
+
+def test_without_llguidance_calls_are_free_but_read(demo, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    compiled.cache_clear()
+    assert Question("?", tools=TOOLS).constraint is None
+    assert Question("?", tools=TOOLS, tool_choice="auto").constraint is None
+    for choice in ("required", "stop"):
+        with pytest.raises(PromptError, match=f"tool_choice '{choice}' cannot be used without"):
+            Question("?", tools=TOOLS, tool_choice=choice)
+
+
+def test_python_functions_are_tools(demo):
+    def add(a: int, b: float = 0.5):
+        """The sum."""
+
+    questions = [
+        Question("?", tools=[tool], tool_choice="required", max_tokens=60, close=True, seed=1)
+        for tool in (add, function_schema(add))
+    ]
+    one, other = batch_generate(*demo, questions)
+    assert one == dataclasses.replace(other, index=0)
+    assert [call.name for call in one.tool_calls][:1] == ["add"]
 
 
 # ---- schemas of functions

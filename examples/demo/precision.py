@@ -15,8 +15,7 @@ from typing import Any
 from evaluate import true_boxes
 from world import DETECT, make_example
 
-from mlx_lfm2vl import load
-from mlx_lfm2vl.generation.grounding import Box, detect
+from mlx_lfm2vl import Box, detect, load
 
 SHUFFLES = 20
 Found = list[tuple[float, bool]]  # score, and whether it is right

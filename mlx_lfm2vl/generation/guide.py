@@ -8,6 +8,7 @@ to a whole end.
 from __future__ import annotations
 
 import math
+import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
 MOST_MATCHERS = 64  # of one tokenizer that are kept
 RETRY = 8  # tokens until another look for an end that was not found
 CHARACTERS = 4  # of a token, more or less
-# what ends a JSON document soonest, outside of its strings
-ENDS = tuple(b'}],:n" 0123456789-.[{ft')
+# what ends a JSON document or a call soonest, outside of its strings
+ENDS = tuple(b')}],:n" 0123456789-.[{ftNFT')
 PRINTABLE = range(32, 127)
+SPECIAL = re.compile(rb"\xff(\d+)\xff")  # a special token in bytes that are otherwise UTF-8
 
 
 class Vocabulary:
@@ -35,6 +37,7 @@ class Vocabulary:
     Attributes:
         eos_token_ids: tokens that may end an answer; the first one does if nobody chooses.
         characters: the token of each printable ASCII character.
+        special: tokens that are no text.
     """
 
     def __init__(self, tokenizer: Lfm2Tokenizer, size: int, eos_token_ids: tuple[int, ...]) -> None:
@@ -48,6 +51,7 @@ class Vocabulary:
         self.tokens: LLTokenizer = LLTokenizer(own.to_str(), size, list(eos_token_ids))
         self.eos_token_ids = eos_token_ids
         self.characters = {code: self.tokens.greedy_tokenize(chr(code))[0] for code in PRINTABLE}
+        self.special = {n for n in range(size) if self.tokens.is_special_token(n)}
         self.matchers: dict[Constraint, LLMatcher] = {}
 
     def matcher(self, constraint: Constraint) -> LLMatcher:
@@ -62,7 +66,7 @@ class Vocabulary:
             limits = LLParserLimits(verbose_errors=False)
             made = LLMatcher(self.tokens, compiled(constraint), log_level=0, limits=limits)
             if made.is_error():
-                raise refusal(constraint, made.get_error())
+                raise refusal(constraint.name, made.get_error())
             if len(self.matchers) == MOST_MATCHERS:
                 self.matchers.clear()
             self.matchers[constraint] = made
@@ -164,18 +168,34 @@ class Guide:
 
     def _check(self) -> None:
         if self.matcher.is_error():
-            raise refusal(self.constraint, self.matcher.get_error())
+            raise refusal(self.constraint.name, self.matcher.get_error())
+
+    def _text(self, tokens: list[int]) -> bytes:
+        """The text of tokens, with marks for special ones."""
+        special = self.vocabulary.special
+        if special.isdisjoint(tokens):
+            return self.tokens.decode_bytes(tokens)
+        return b"".join(
+            b"\xff%d\xff" % token if token in special else self.tokens.decode_bytes([token])
+            for token in tokens
+        )
 
     def _tokens(self, text: bytes) -> list[int]:
-        """Tokens of text that need not be those that the tokenizer would choose."""
-        try:
-            return self.tokens.greedy_tokenize(text.decode())  # much quicker
-        except UnicodeDecodeError:  # it begins inside of a character
-            return self.tokens.tokenize_bytes(text)
+        """Tokens of such text; they need not be those that the tokenizer would choose."""
+        tokens: list[int] = []
+        for n, part in enumerate(SPECIAL.split(text)):
+            if n % 2:
+                tokens.append(int(part))
+                continue
+            try:
+                tokens += self.tokens.greedy_tokenize(part.decode())  # much quicker
+            except UnicodeDecodeError:  # it begins inside of a character
+                tokens += self.tokens.tokenize_bytes(part)
+        return tokens
 
     def _can_end(self, coming: list[int], left: int) -> bool:
         """Whether what can be ended now, can be ended after these tokens; if so, it learns how."""
-        text = self.tokens.decode_bytes(coming)
+        text = self._text(coming)
         self.inside, self.escaped = _follow(text, self.inside, self.escaped)
         ending = self._ending(text, left)
         if ending is not None and not self._fits(ending, left - len(coming)):
@@ -222,14 +242,14 @@ class Guide:
                 again, following = pause, [last]
             if not matcher.consume_tokens(following):
                 return None
-            piece = self.tokens.decode_bytes(following)
+            piece = self._text(following)
             inside, escaped = _follow(piece, inside, escaped)
             text += piece
         return None
 
     def _end(self, matcher: LLMatcher, inside: bool) -> list[int]:
-        """A token that brings a JSON document nearer to its end, if there is one."""
-        if self.constraint.kind != "json":
+        """A token that brings a JSON document or a call nearer to its end, if there is one."""
+        if self.constraint.kind not in ("json", "tools"):
             return []
         tokens = (self.vocabulary.characters[code] for code in (b'"' if inside else ENDS))
         return next(([token] for token in tokens if matcher.validate_tokens([token]) == 1), [])
@@ -255,8 +275,8 @@ class Guide:
 def _follow(text: bytes, inside: bool, escaped: bool) -> tuple[bool, bool]:
     """Whether JSON text is inside of a string after this, and behind a backslash there."""
     for byte in text:
-        if escaped:
-            escaped = False
+        if escaped or byte == 255:  # of a special token, with which something new begins
+            inside, escaped = inside and byte != 255, False
         elif byte == 34:
             inside = not inside
         else:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ..errors import PromptError
 from .json_schema import JSON_STYLE, bounded, check, read_schema
-from .tool_grammar import ToolChoice, function_of, tool_grammar
+from .tool_grammar import ToolChoice, chosen, parameters_of, tool_grammar
 
 Kind = Literal["json", "regex", "choice", "lark", "tools"]
 NAMES = {"json": "schema", "lark": "grammar"}  # of the settings that make them, if others
@@ -65,6 +65,11 @@ class Constraint:
         compiled(made)
         return made
 
+    @property
+    def name(self) -> str:
+        """What its setting is called."""
+        return NAMES.get(self.kind, self.kind)
+
     def parse(self, text: str) -> Any:
         """The value that a JSON answer is; None for another kind, or if it is no whole document."""
         try:
@@ -93,18 +98,16 @@ def _of_tools(
     tools: Sequence[Any], tool_choice: ToolChoice | None, close: bool
 ) -> Constraint | None:
     """The grammar of calls; None if it is missing and nobody asked for more than it can be."""
-    made = Constraint("tools", tool_grammar(tools, tool_choice or "auto"), close)
-    if tool_choice in (None, "auto") and not can_constrain():
-        return None
-    try:
-        compiled(made)
-    except PromptError:
-        for tool in tools:  # which one?
-            try:
-                compiled(Constraint("tools", tool_grammar([tool])))
-            except PromptError as error:
-                raise PromptError(f"tool {function_of(tool)['name']} of {error}") from None
-        raise
+    tool_choice = tool_choice if tool_choice is not None else "auto"
+    _, functions = chosen(tools, tool_choice)
+    if not can_constrain():
+        if tool_choice == "auto":
+            return None
+        raise _missing(f"tool_choice {tool_choice!r:.100}")
+    for name, function in functions.items():
+        compiled(Constraint("json", json.dumps(parameters_of(function))), f"tool {name}")
+    made = Constraint("tools", tool_grammar(tools, tool_choice), close)
+    compiled(made)
     return made
 
 
@@ -113,20 +116,26 @@ def can_constrain() -> bool:
     return find_spec("llguidance") is not None
 
 
+def _missing(name: str) -> PromptError:
+    return PromptError(f"{name} cannot be used without llguidance: pip install 'mlx-lfm2vl[json]'")
+
+
 @lru_cache(maxsize=64)
-def compiled(constraint: Constraint) -> str:
+def compiled(constraint: Constraint, name: str | None = None) -> str:
     """The grammar for llguidance.
+
+    Args:
+        name: what errors call it; what its setting is called by default.
 
     Raises:
         PromptError: llguidance is missing, or refuses it.
     """
     kind, value = constraint.kind, constraint.value
+    name = name if name is not None else constraint.name
     try:
         from llguidance import LLMatcher
     except ImportError:
-        raise PromptError(
-            f"{NAMES.get(kind, kind)} needs llguidance: pip install 'mlx-lfm2vl[json]'"
-        ) from None
+        raise _missing(name) from None
     if kind == "choice":
         value = "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in value)
     assert isinstance(value, str)
@@ -134,7 +143,7 @@ def compiled(constraint: Constraint) -> str:
     def checked(grammar: str) -> str:
         refused, messages = LLMatcher.validate_grammar_with_warnings(grammar)
         if refused:
-            raise refusal(constraint, messages[0])
+            raise refusal(name, messages[0])
         return grammar
 
     if kind == "regex":
@@ -146,14 +155,13 @@ def compiled(constraint: Constraint) -> str:
         schema = json.dumps(bounded(json.loads(value)))
         return checked(LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE))
     except RecursionError:
-        raise PromptError("schema cannot be used: it is nested too deeply") from None
+        raise PromptError(f"{name} cannot be used: it is nested too deeply") from None
     except ValueError as error:  # of llguidance; a PromptError is one, too
-        raise error if isinstance(error, PromptError) else refusal(constraint, str(error)) from None
+        raise error if isinstance(error, PromptError) else refusal(name, str(error)) from None
 
 
-def refusal(constraint: Constraint, message: str) -> PromptError:
+def refusal(name: str, message: str) -> PromptError:
     """llguidance's complaint in one line."""
-    name = NAMES.get(constraint.kind, constraint.kind)
     parts = message.split("\nerror: ")  # regular expressions are drawn in the lines before
     lines = (
         (parts[-1].splitlines() or [message])[:1] if len(parts) > 1 else message.splitlines()[:2]

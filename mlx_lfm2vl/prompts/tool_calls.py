@@ -216,11 +216,7 @@ def render_calls(calls: Sequence[ToolCall]) -> str:
     as JSON if a name is not possible there. Names of special tokens inside are escaped, too.
     """
     if all(map(_is_pythonic, calls)):
-        parts = (
-            ", ".join(f"{k}={python_literal(v)}" for k, v in c.arguments.items()) for c in calls
-        )
-        text = ", ".join(f"{c.name}({part})" for c, part in zip(calls, parts, strict=True))
-        text = f"[{text}]"
+        text = f"[{', '.join(map(_render, calls))}]"
     else:
         items = [{"name": call.name, "arguments": call.arguments} for call in calls]
         text = json.dumps(items, ensure_ascii=False)

@@ -19,6 +19,7 @@ from .tool_calls import CALL_END, CALL_START, IDENTIFIER, python_literal
 ToolChoice = str | Mapping[str, Any]
 CHOICES = ("none", "auto", "required")  # or the name of a tool
 MAX_CALLS = 16  # in one answer
+OPEN = ("$ref", "anyOf", "oneOf", "allOf", "patternProperties")  # bring arguments of other names
 
 
 def tool_grammar(
@@ -41,13 +42,7 @@ def tool_grammar(
     Raises:
         PromptError: a tool without a name, or a choice that is none of these.
     """
-    functions = {function["name"]: function for function in map(function_of, tools)}
-    name = function_of(tool_choice)["name"] if isinstance(tool_choice, Mapping) else tool_choice
-    if name in functions:
-        functions = {name: functions[name]}
-    elif name not in CHOICES:
-        known = ", ".join((*CHOICES, *functions))
-        raise PromptError(f"tool_choice is {name!r:.200}; it must be one of {known}")
+    name, functions = chosen(tools, tool_choice)
     text = r"TEXT: /(.|\n)+/"
     if name == "none" or not functions:
         return f"start: TEXT?\n{text}"
@@ -61,6 +56,20 @@ def tool_grammar(
         f'calls: {CALL_START} "[" ({" | ".join(rules)}) "]" {CALL_END}',
         *(line for lines in rules.values() for line in lines),
     ])  # fmt: skip
+
+
+def chosen(
+    tools: Sequence[Any], tool_choice: ToolChoice
+) -> tuple[str, dict[str, Mapping[str, Any]]]:
+    """The choice as a word, and the functions that it leaves, by name; errors as above."""
+    functions = {function["name"]: function for function in map(function_of, tools)}
+    name = function_of(tool_choice)["name"] if isinstance(tool_choice, Mapping) else tool_choice
+    if name in functions:
+        return name, {name: functions[name]}
+    if name not in CHOICES:
+        known = ", ".join((*CHOICES, *functions))
+        raise PromptError(f"tool_choice is {name!r:.200}; it must be one of {known}")
+    return name, functions
 
 
 def _list_rules(form: str, functions: Mapping[str, Mapping[str, Any]], parallel: bool) -> list[str]:
@@ -98,30 +107,38 @@ def plain_tool(tool: Any) -> Any:
         raise PromptError(f"tool {tool!r:.200} is no JSON: {error}") from None
 
 
-def _properties(function: Mapping[str, Any]) -> Mapping[str, Any]:
-    return (function.get("parameters") or {}).get("properties", {})
+def parameters_of(function: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a function's arguments: an object without others than are named."""
+    parameters = function.get("parameters") or {}
+    closed = {} if any(key in parameters for key in OPEN) else {"additionalProperties": False}
+    return {"type": "object", **closed, **parameters}
 
 
 def _is_pythonic(function: Mapping[str, Any]) -> bool:
-    names = (function["name"], *_properties(function))
-    return all(re.fullmatch(IDENTIFIER, name) for name in names)
+    """Whether all calls that are permitted can be written in Python."""
+    parameters = parameters_of(function)
+    properties = parameters.get("properties", {})
+    names = (function["name"], *properties)
+    is_free = not properties and parameters.get("additionalProperties") is not False
+    return not is_free and all(re.fullmatch(IDENTIFIER, name) for name in names)
 
 
 def _json_rules(rule: str, function: Mapping[str, Any]) -> list[str]:
     start = json.dumps(f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, ')
-    closed = {"type": "object", "additionalProperties": False}
-    arguments = {**closed, **(function.get("parameters") or {})}
-    return [f'{rule}: {start} "\\"arguments\\": " {_json_value(arguments, {})} "}}"']
+    arguments = _json_value(parameters_of(function), {})
+    return [f'{rule}: {start} "\\"arguments\\": " {arguments} "}}"']
 
 
 def _python_rules(rule: str, function: Mapping[str, Any]) -> list[str]:
     """Rules of one function: `_h`: nothing is written yet, `_r`: something is."""
-    parameters = function.get("parameters") or {}
-    properties, required = _properties(function), parameters.get("required") or ()
+    parameters = parameters_of(function)
+    properties, required = parameters.get("properties", {}), parameters.get("required", ())
     for name in (function["name"], *properties):
         if not re.fullmatch(IDENTIFIER, name):
             raise PromptError(f"{name!r} is no name for Pythonic calls; rename it")
-    shared = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
+    shared: dict[str, Any] = {
+        key: parameters[key] for key in ("$defs", "definitions") if key in parameters
+    }
     lines = [f"{rule}: {json.dumps(function['name'] + '(')} {rule}_h0 {json.dumps(')')}"]
     for n, (name, schema) in enumerate(properties.items()):
         argument = f"{json.dumps(name + '=')} {rule}_v{n}"

@@ -96,6 +96,16 @@ class Worker:
         if self._thread.error is not None:
             raise own_copy(self._thread.error)
 
+    @property
+    def active(self) -> int:
+        """How many answers grow or have their prompts read now."""
+        return len(self._thread.active)
+
+    @property
+    def remembered_bytes(self) -> int:
+        """What is kept for reuse takes so much."""
+        return self._thread.prefixes.nbytes
+
     async def ready(self) -> None:
         """`wait_until_ready` for asyncio."""
         await asyncio.to_thread(self.wait_until_ready)

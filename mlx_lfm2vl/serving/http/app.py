@@ -99,11 +99,11 @@ class Endpoints:
 
     async def metrics(self, request: Request) -> Response:
         """Counters for Prometheus."""
-        service, active = self.service, len(self.service.worker._thread.active)
+        service, worker = self.service, self.service.worker
         gauges = {
             "answers": ("answers under way or waiting", service.answers),
-            "answers_active": ("answers that grow now", active),
-            "cache_bytes": ("remembered for reuse", service.worker._thread.prefixes.nbytes),
+            "answers_active": ("answers that grow now", worker.active),
+            "cache_bytes": ("remembered for reuse", worker.remembered_bytes),
             "active_memory_bytes": ("of MLX", mx.get_active_memory()),
             "peak_memory_bytes": ("of MLX", mx.get_peak_memory()),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,14 +48,16 @@ class Service:
 
     def __init__(
         self,
-        name: str,
+        model: str,
         options: ServerOptions,
         *,
         dtype: str | None = None,
         revision: str | None = None,
         adapter_path: str | Path | None = None,
     ) -> None:
-        self.name, self.options = name, options
+        # where a folder lies is nobody's business
+        self.name = os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model
+        self.options = options
         self.processor: Lfm2VlProcessor | None = None
         self.thousandths = False
         self.error: BaseException | None = None
@@ -66,15 +69,15 @@ class Service:
 
         def begin() -> Parts:
             try:
-                model, processor = load(
-                    name, dtype, revision, lazy=False, adapter_path=adapter_path
+                network, processor = load(
+                    model, dtype, revision, lazy=False, adapter_path=adapter_path
                 )
             except BaseException as error:
                 self.error = error
                 raise
-            self.thousandths = answers_thousandths(model)
+            self.thousandths = answers_thousandths(network)
             self.processor = processor  # from now on it is ready
-            return model, processor
+            return network, processor
 
         self.worker = Worker(
             load=begin, batch_size=options.max_batch, max_prefix_bytes=options.cache_bytes

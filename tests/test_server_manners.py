@@ -329,6 +329,12 @@ HOSTILE = {
     "metadata": (with_image("http://169.254.169.254/latest/meta-data"), 400),
     "a password": (with_image("http://me:secret@example.com/a.png"), 400),
     "many images": (chat(see("?", *[data_url()] * 17)), 400),
+    "very many tiles": (
+        chat(see("?"), image_options={"tile_size": 2048, "max_tiles": 100, "min_tiles": 100}), 400,
+    ),
+    "a very large view": (
+        chat(see("?"), image_options={"max_image_tokens": 16384, "min_image_tokens": 16384}), 400,
+    ),
     "a long prompt": (chat([{"role": "user", "content": "word " * 40_000}]), 400),
     "a deep schema": (
         chat(HELLO, response_format={"type": "json_schema", "json_schema": {"schema": DEEP}}), 400,

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from ...errors import ImageError, one_line
 from ...options import ImageOptions
-from ...prompts.image_processor import ProcessedImage
+from ...prompts.image_processor import ImagePlan, ProcessedImage
 from ...prompts.image_source import image_size, read_image_file
 from ...prompts.processor import Lfm2VlProcessor
 from ...prompts.url_reader import read_url
@@ -26,6 +26,7 @@ URL_SECONDS = 10.0
 URL_BYTES = 20_000_000
 MAX_KEPT_BYTES = 256 << 20  # of prepared pixels
 DETAILS = ("auto", "low", "high", "original")
+MAX_VIEW_TOKENS = 1024  # the vision tower's attention grows with their square
 LOW = 64  # image tokens of an image whose details do not matter
 
 
@@ -110,9 +111,23 @@ class Images:
         if width * height > self.options.max_pixels:
             most = self.options.max_pixels
             raise HttpError(413, f"the image has {width}x{height} pixels; {most} are allowed")
+        self._check_plan(processor.image_processor.plan(width, height, options), processor)
         image = processor.image_processor(data, options)
         assert image.digest  # computed here, not in the worker's thread
         return ReadImage(image, (width, height))
+
+    def _check_plan(self, plan: ImagePlan, processor: Lfm2VlProcessor) -> None:
+        """Refuses what would take too much memory, before any is taken."""
+        usual = processor.image_processor.config.max_image_tokens
+        for what, tokens, most in (
+            ("image", sum(plan.view_tokens), self.options.context - 1),
+            ("view of the image", max(plan.view_tokens), max(usual, MAX_VIEW_TOKENS)),
+        ):
+            if tokens > most:
+                message = (
+                    f"with these image_options a {what} has {tokens} tokens; it may have {most}"
+                )
+                raise HttpError(400, message, code="context_length_exceeded")
 
     def _bytes(self, part: ImagePart) -> bytes:
         url = part.url

@@ -24,7 +24,7 @@ needs_browser = pytest.mark.skipif(
 
 def test_it_needs_nothing_else():
     html, headers = read_page()
-    assert len(html.splitlines()) <= 640
+    assert len(html.splitlines()) <= 600
     assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", html)
     assert not re.search(r"\sstyle=|\son\w+=[\"']|innerHTML|eval\(", html)
     policy = headers["Content-Security-Policy"]

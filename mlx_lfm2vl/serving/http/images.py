@@ -125,7 +125,7 @@ class Images:
         ):
             if tokens > most:
                 message = (
-                    f"with these image_options a {what} has {tokens} tokens; it may have {most}"
+                    f"by these image_options a {what} has {tokens} tokens; {most} are allowed"
                 )
                 raise HttpError(400, message, code="context_length_exceeded")
 

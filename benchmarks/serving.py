@@ -24,7 +24,7 @@ from typing import Any
 
 from mlx_lfm2vl.measuring.stages import made_picture
 
-CLIENTS, TOKENS, LONG = 8, 32, 128
+CLIENTS, TOKENS, LONG = 8, 32, 64
 PEER = "mlx-vlm"
 PATIENCE = 1200  # seconds
 
@@ -103,9 +103,10 @@ def measure(client: Client) -> dict[str, float]:
     long = client.ask([{"role": "user", "content": "Tell a long story."}], LONG)
     turns = see(picture(420, 300), "What is in this image?")
     first = client.ask(turns)
+    second = client.ask(see(picture(420, 300), "What colours do you see?"))
     turns += [{"role": "assistant", "content": first["text"]}]
-    turns += [{"role": "user", "content": "What colours do you see?"}]
-    second = client.ask(turns)
+    turns += [{"role": "user", "content": "Which of them is the brightest?"}]
+    turn = client.ask(turns)
     url, begun = picture(410, 310), time.perf_counter()
     with ThreadPoolExecutor(CLIENTS) as pool:
         questions = [f"Question {n}: what do you see?" for n in range(CLIENTS)]
@@ -117,6 +118,7 @@ def measure(client: Client) -> dict[str, float]:
         "- first token, median, s": statistics.median(answer["first"] for answer in answers),
         "first question to first token, s": first["first"],
         "second question to first token, s": second["first"],
+        "second turn of a conversation to first token, s": turn["first"],
         "one stream, tokens/s": (long["tokens"] - 1) / (long["last"] - long["first"]),
     }
 

@@ -3,8 +3,10 @@
 import asyncio
 import json
 import threading
+from dataclasses import asdict, fields
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
 import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -12,9 +14,11 @@ from openai.types.responses import Response
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from mlx_lfm2vl import generate, load
+from mlx_lfm2vl import Sampling, generate, load
 
+from .helpers import FIXTURES
 from .serving import PICTURE, WAIT, data_url, see, serving, until
+from .test_entrances import CASES, DEFAULTS
 
 QUESTION = "What is in this image?"
 
@@ -112,11 +116,9 @@ class TestChat:
         text = "Say it in other words. " * 8
         work.clear()
         usage = ask(client, see(text), n=4, max_tokens=1).usage
-        # all but the last token once, and that for each choice
-        assert work.positions == usage.prompt_tokens - 1 + 4 - self.cached(client, work)
-
-    def cached(self, client, work):
-        return 87  # picture and what stands before it, which other tests have asked about
+        known = usage.prompt_tokens_details.cached_tokens
+        # what is new once, but for the last token, which each choice reads
+        assert work.positions == usage.prompt_tokens - known - 1 + 4
 
     def test_stop(self, client, expected):
         word = expected.split()[2]
@@ -316,6 +318,43 @@ class TestResponses:
         assert answer.status_code == 400
         [name] = parameter
         assert answer.json()["error"]["param"].startswith(name)
+
+
+NAMES = {*(f.name for f in fields(Sampling)), "max_tokens", "seed", "stop", "regex", "choice"}
+NAMES |= {"grammar", "schema", "image_options"}
+
+
+def can_be_said(case):
+    """Whether a case of the other entrances can be said in JSON."""
+    is_schema = isinstance(case.settings.get("schema", {}), dict)
+    return isinstance(case.prompt, str) and case.settings.keys() <= NAMES and is_schema
+
+
+def in_json(case):
+    """The request that a case is."""
+    said = {k: v for k, v in (DEFAULTS | case.settings).items() if v is not None}
+    if "schema" in said:
+        schema = {"schema": said.pop("schema")}
+        said["response_format"] = {"type": "json_schema", "json_schema": schema}
+    if "image_options" in said:
+        said["image_options"] = asdict(said["image_options"])
+    images = case.images if isinstance(case.images, list) else [case.images]
+    urls = [data_url(Image.fromarray(np.asarray(i))) for i in images if i is not None]
+    text = [{"role": "user", "content": case.prompt}]
+    return {"messages": see(case.prompt, *urls) if urls else text, **said}
+
+
+def test_the_server_is_an_entrance_like_others(loaded):
+    """The same question gives the same answer over HTTP."""
+    cases = [case for case in CASES if case.fails is None and can_be_said(case)]
+    assert len(cases) > 30
+    with serving(FIXTURES / "v5") as served:
+        for case in cases:
+            answer = served.post("/v1/chat/completions", in_json(case))
+            assert answer.status_code == 200, (case, answer.text)
+            text = answer.json()["choices"][0]["message"]["content"]
+            alone = generate(*loaded(), case.prompt, case.images, **DEFAULTS | case.settings)
+            assert text == alone, case
 
 
 def test_the_prompt_is_counted_before_it_is_asked(served, client):

@@ -19,6 +19,7 @@ SAMPLING: Mapping[str, tuple[type, ...]] = {
     "temperature": (float,), "top_p": (float,), "top_k": (int,), "min_p": (float,),
     "repetition_penalty": (float,), "repetition_context_size": (int,),
     "presence_penalty": (float,), "frequency_penalty": (float,),
+    "xtc_probability": (float,), "xtc_threshold": (float,),
 }  # fmt: skip
 # what changes nothing of an answer, and what there is only one way to do here
 HARMLESS = ("user", "metadata", "safety_identifier", "prompt_cache_key")

@@ -53,7 +53,7 @@ def read_chat(body: Any) -> Ask:
         settings={
             **read_sampling(given),
             "logit_bias": read_bias(given),
-            "seed": read_count(given, "seed", -(2**63), 2**63 - 1),
+            "seed": read_count(given, "seed", -(2**63), 2**64 - 1),
             "stop": read_stop(given),
             **read_form(given, given.get("response_format", dict), "response_format"),
             **read_tools(given, wrapped=True),

@@ -124,9 +124,7 @@ class Images:
             ("view of the image", max(plan.view_tokens), max(usual, MAX_VIEW_TOKENS)),
         ):
             if tokens > most:
-                message = (
-                    f"by these image_options a {what} has {tokens} tokens; {most} are allowed"
-                )
+                message = f"by these image_options a {what} has {tokens} tokens; {most} are allowed"
                 raise HttpError(400, message, code="context_length_exceeded")
 
     def _bytes(self, part: ImagePart) -> bytes:

@@ -57,7 +57,7 @@ def read_responses(body: Any) -> Ask:
         messages=[],
         settings={
             **read_sampling(given),
-            "seed": read_count(given, "seed", -(2**63), 2**63 - 1),
+            "seed": read_count(given, "seed", -(2**63), 2**64 - 1),
             "stop": read_stop(given),
             **_read_text(given),
             **read_tools(given, wrapped=False),

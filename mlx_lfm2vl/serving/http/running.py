@@ -117,7 +117,8 @@ class Run:
         model: the name of the model that answers.
         choices: the answers.
         started: when it was asked, by `time.perf_counter`.
-        deadline: when it has to end.
+        seconds: that it may take.
+        waited: seconds to the first token, once that has come.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class Run:
         self.id = uuid.uuid4().hex
         self.ask, self.model, self.choices = ask, model, choices
         self.started, self.seconds = started, seconds
-        self.waited: float | None = None  # seconds to the first token
+        self.waited: float | None = None
 
     @property
     def left(self) -> int:

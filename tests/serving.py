@@ -5,6 +5,7 @@ import io
 import threading
 import time
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import httpx2
@@ -12,11 +13,13 @@ import openai
 from PIL import Image
 
 from mlx_lfm2vl.cli.serve import _listen, make_server
+from mlx_lfm2vl.serving.http import service as module
 from mlx_lfm2vl.serving.http.options import ServerOptions
 from mlx_lfm2vl.serving.http.service import Service
 
 PICTURE = Path(__file__).parents[1] / "examples" / "demo" / "picture.png"
 WAIT = 30
+module.load = lru_cache(module.load)  # servers share models, which takes less time
 
 
 class Served:

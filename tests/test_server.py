@@ -453,15 +453,15 @@ def test_64_clients_get_what_they_would_get_alone(served, client, parts):
     async def main():
         async with served.async_client(timeout=WAIT) as client:
             return await asyncio.gather(
-                *(ask(client, see(text), max_tokens=6, **rest) for text, rest in asked)
+                *(ask(client, see(text), max_tokens=4, **rest) for text, rest in asked)
             )
 
     answers = [answer.choices[0].message.content for answer in asyncio.run(main())]
     for (text, rest), answer in zip(asked, answers, strict=True):
-        assert ask(client, see(text), max_tokens=6, **rest).choices[0].message.content == answer
+        assert ask(client, see(text), max_tokens=4, **rest).choices[0].message.content == answer
     for n in range(0, 64, 21):
         text, rest = asked[n]
-        assert answers[n] == generate(*parts, text, PICTURE, max_tokens=6, **rest)
+        assert answers[n] == generate(*parts, text, PICTURE, max_tokens=4, **rest)
 
 
 def test_eight_clients_share_a_picture(parts, work):

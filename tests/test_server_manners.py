@@ -94,7 +94,7 @@ def test_random_cancels_leave_nothing_behind(served):
     chance = random.Random(3)
 
     async def one(client, n):
-        settings = {**ENDLESS, "max_tokens": 40, "stream": n % 2 == 0}
+        settings = {**ENDLESS, "max_tokens": 20, "stream": n % 2 == 0}
         messages = see(f"{n % 7}?") if n % 3 else [{"role": "user", "content": f"{n % 7}?"}]
         task = asyncio.create_task(
             client.chat.completions.create(model="demo", messages=messages, **settings)

@@ -274,11 +274,11 @@ def _object_schema(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def guided(schema: Any) -> dict[str, Any]:
-    """Settings that keep answers to a schema, if llguidance is installed.
+    """Settings that keep answers to a schema, if llguidance is installed; nothing is made up.
 
     Without it the model answers freely, and what is whole of its answer is read.
     """
-    return {"schema": schema} if can_constrain() else {}
+    return {"schema": schema, "close": False} if can_constrain() else {}
 
 
 class _Reading:

@@ -157,6 +157,12 @@ CASES = [
     setting("cache_options", CacheOptions(200, 10), "--max-kv-size", "200", "--keep", "10"),
     setting("cache_options", CacheOptions(400), "--max-kv-size", "400"),
     setting("cache_options", CacheOptions(6), "--max-kv-size", "6", fails="more than half of"),
+    setting(
+        "cache_options",
+        CacheOptions(kv_bits=8, kv_group_size=128),
+        *("--kv-bits", "8", "--kv-group-size", "128"),
+        fails="kv_group_size is 128; it must divide the head dimension",
+    ),
     setting("cache_options", 200, fails="cache_options is 200"),
     # named here: the address of a function differs between the processes of a suite
     Case(

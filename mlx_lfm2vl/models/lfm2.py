@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import PromptError
+from ..errors import ConfigError, PromptError
 from ..options import CacheOptions
 from .cache import Cache, ConvCache, attention, causal_mask, make_attention_cache
 from .config import Lfm2Config
@@ -350,8 +350,17 @@ class Lfm2ForCausalLM(nn.Module):
         Args:
             options: how attention layers remember; by default everything.
             first_turn: positions that a rotating cache pins by default, see `CacheOptions`.
+
+        Raises:
+            ConfigError: keys and values cannot be quantized so.
         """
         options = options if options is not None else CacheOptions()
+        widths = [layer.self_attn.head_dim for layer in self.layers if layer.is_attention_layer]
+        if options.kv_bits is not None and any(width % options.kv_group_size for width in widths):
+            raise ConfigError(
+                f"kv_group_size is {options.kv_group_size}; it must divide the head dimension of "
+                f"this model, {widths[0]}"
+            )
         return [
             make_attention_cache(options, first_turn) if layer.is_attention_layer else ConvCache()
             for layer in self.layers

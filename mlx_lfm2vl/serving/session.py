@@ -145,6 +145,8 @@ class Session(Talk):
         super().__init__(
             system, tools=tools, image_options=image_options, cache_options=cache_options
         )
+        # raises what would otherwise end the first question
+        model.make_cache(self.question("?").cache_options)
         self.model = model
         self.processor = processor
         self.usage = Usage()

@@ -92,7 +92,12 @@ def never_ends(processor: Any, size: int) -> Callable[[Any, Any], Any]:
     ends |= {token for token in range(size) if '"' in tokenizer.decode([token])}
     allowed = mx.array([token not in ends for token in range(size)])
     mx.eval(allowed)
-    return lambda tokens, logits: mx.where(allowed, logits, -mx.inf)
+
+    def process(tokens: Any, logits: Any) -> Any:
+        kept = mx.where(allowed, logits, -mx.inf)
+        return mx.where(mx.isinf(kept).all(), logits, kept)  # the quote that opens a string
+
+    return process
 
 
 def rival(args: argparse.Namespace) -> dict[str, float]:

@@ -321,11 +321,11 @@ def test_scores_are_the_probabilities_of_the_coordinates(demo):
 
 
 def test_scores_order_boxes(demo):
-    """Fewer pictures than `precision.py` takes."""
-    found, things = precision.find(*demo, 40)
+    """Fewer pictures than `precision.py` takes, some of which the model sees wrong."""
+    found, things = precision.find(*demo, range(28, 44))
     scored, constant = precision.both(found, things)
-    assert scored > constant
-    assert scored > 0.85
+    assert scored > constant + 0.03
+    assert scored > 0.7
 
 
 def test_average_precision():

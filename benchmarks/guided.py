@@ -79,7 +79,8 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     names = ("unguided step", "guided step", "guided step that can close")
     for name, times in zip(names, zip(*rounds, strict=True), strict=True):
         found[name] = statistics.median(times)
-    found["document"] = median_of(args.rounds, document)
+    if not args.steps:
+        found["document"] = median_of(args.rounds, document)
     return found
 
 
@@ -165,6 +166,7 @@ def main() -> None:
     parser.add_argument("--rival", action="store_true", help="measure mlx-vlm")
     parser.add_argument("--tokens", type=int, default=100, help="of a measured string")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", action="store_true", help="measure steps alone")
     parser.add_argument("--valid", type=int, help="answers per schema")
     parser.add_argument("--cpu", action="store_true", help="documents in CPU time, not wall time")
     args = parser.parse_args()

@@ -49,7 +49,9 @@ ROOMS = (
     *("_version", "errors", "files", "options", "prompts", "models", "checkpoints", "generation"),
     *("serving", "conversion", "training", "measuring", "cli"),
 )
-DOORS = ("__main__", "batch", "benchmark", "convert", "detect", "fuse", "generate", "train")
+DOORS = (
+    *("__main__", "batch", "benchmark", "convert", "detect", "doctor", "fuse", "generate", "train"),
+)
 Module = tuple[str, ...]
 
 

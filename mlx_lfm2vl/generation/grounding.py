@@ -28,7 +28,8 @@ from ..prompts.processor import Lfm2VlProcessor
 from ..prompts.question import Question
 from .answer import GenerationResponse
 from .engine import AnswerRow, Engine
-from .generate import generate, wired_limit
+from .generate import generate
+from .memory import memory_limits
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -350,7 +351,7 @@ def _read_answers(
 ) -> list[_Reading]:
     """Answers questions about one picture together; it is encoded once."""
     features: dict[str, mx.array] = {}
-    with wired_limit(model):
+    with memory_limits(model):
         engine = Engine(model, processor, max_rows=MAX_ROWS, fair=False)
         rows = (AnswerRow(model, processor, question, features) for question in questions)
         readings = {engine.begin(row): _Reading() for row in rows}

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import mlx.core as mx
 import pytest
@@ -11,14 +11,17 @@ from PIL import Image
 
 from mlx_lfm2vl import ImageError, ImageOptions, PromptError, load
 from mlx_lfm2vl.cli.benchmark import as_json, as_table, main
+from mlx_lfm2vl.generation import engine
 from mlx_lfm2vl.measuring.machine import Machine, measure_bandwidth
 from mlx_lfm2vl.measuring.stages import (
     BenchmarkResult,
     ImageCosts,
+    KnobCosts,
     benchmark,
     decode_weight_bytes,
     made_picture,
 )
+from mlx_lfm2vl.models.siglip2 import PATCHES_PER_GROUP, Siglip2VisionModel
 
 from .checkpoints.pictures import picture
 
@@ -110,6 +113,7 @@ def test_json_and_table_tell_the_same(result):
     table = as_table(result)
     for text in (machine.mlx, machine.python, machine.device_name, "40x30", "300x200", "float32"):
         assert text in table
+    assert result.knobs == []
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert len({len(line) for line in lines}) == 1
     assert len({line.count("|") for line in lines}) == 1
@@ -137,6 +141,40 @@ def test_command_line(capsys, fixtures, photo, tmp_path):
     assert data["batch_rows"] == 2
 
 
+def test_which_sizes_are_best_here(capsys, fixtures, work, monkeypatch):
+    """Each is really used, on the largest image, and the model is left as it was."""
+    groups, steps, encode, read = set(), set(), Siglip2VisionModel._encode, engine.prefill
+
+    def counting_encode(self, patches, *size):
+        groups.add(self.patches_per_group)
+        return encode(self, patches, *size)
+
+    def counting_prefill(model, embeddings, cache, options, step):
+        steps.add(step)
+        return read(model, embeddings, cache, options, step)
+
+    monkeypatch.setattr(Siglip2VisionModel, "_encode", counting_encode)
+    monkeypatch.setattr(engine, "prefill", counting_prefill)
+    sizes = ("--size", "40x30", "300x200", "--patches-per-group", 64, 512)
+    short = ("--model", fixtures / "v5", "--rounds", 1, "-m", 2, "--batch-size", 1)
+    out = run(capsys, *short, *sizes, "--prefill-step", 8, "--json").out
+    found = {knob["name"]: knob for knob in json.loads(out)["knobs"]}
+    assert [*found["patches per group"]["seconds"]] == ["64", "512"]
+    assert [*found["prefill step"]["seconds"]] == ["8"]
+    assert {knob["image"] for knob in found.values()} == {"300x200"}
+    assert groups == {PATCHES_PER_GROUP, 64, 512}
+    assert steps == {engine.PREFILL_STEP_SIZE, 8}
+    assert 8 in work.passes
+
+
+def test_the_best_size_is_told(result):
+    knob = KnobCosts("prefill step", "40x30", {512: 0.5, 1024: 0.25, 2048: 1.5})
+    last = as_table(replace(result, knobs=[knob])).splitlines()[-1]
+    assert last == (
+        "prefill step, 40x30: 512 in 500.0 ms, 1024 in 250.0 ms, 2048 in 1.50 s; best here is 1024"
+    )
+
+
 def test_image_options_hold_in_every_stage(fixtures):
     options = ImageOptions(do_image_splitting=False, max_image_tokens=2)
     result = benchmark(
@@ -162,6 +200,8 @@ def test_image_options_hold_in_every_stage(fixtures):
         (("--adapter-path", "missing"), "missing has no adapter_config.json"),
         (("--rounds", "many"), "many is no whole number"),
         (("--rounds", "0"), "0 must be 1 or more"),
+        (("--patches-per-group", "0"), "0 must be 1 or more"),
+        (("--prefill-step", "1k"), "1k is no whole number"),
         (("--max-tokens", "1"), "max_tokens is 1; it must be 2 or more"),
         (("--json", "missing/speed.json"), "missing/speed.json cannot be written"),
         (("--json", "."), "cannot be written"),
@@ -178,6 +218,8 @@ def test_bad_input_is_told_in_one_line(arguments, told, capsys, fixtures, monkey
 def test_bad_numbers_in_python(fixtures):
     with pytest.raises(PromptError, match="rows is 0; it must be 1 or more"):
         benchmark(fixtures / "v5", rows=0)
+    with pytest.raises(PromptError, match="prefill_steps is 0; it must be 1 or more"):
+        benchmark(fixtures / "v5", patches_per_group=[7], prefill_steps=[8, 0])
     with pytest.raises(ImageError, match="is empty"):
         benchmark(fixtures / "v5", [b""])
 

@@ -6,11 +6,22 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lfm2vl import Session, generate, stream_generate
+from mlx_lfm2vl import (
+    Question,
+    Sampling,
+    Session,
+    Worker,
+    batch_generate,
+    generate,
+    load,
+    stream_generate,
+)
+from mlx_lfm2vl.checkpoints.adapters import AdaptedLinear, Update
+from mlx_lfm2vl.generation import engine
 from mlx_lfm2vl.generation.engine import Batch, Row, prefill
 from mlx_lfm2vl.generation.generate import generate_step
 from mlx_lfm2vl.models.cache import CPU_BLOCK, attention, copy_cache
-from mlx_lfm2vl.options import CacheOptions, Sampling
+from mlx_lfm2vl.options import CacheOptions
 
 from .checkpoints.pictures import picture
 from .helpers import TOLERANCE, random_language_model, relative
@@ -26,6 +37,14 @@ def read(loaded, length, options=None):
     for _ in prefill(model.language_model, embeddings, cache):
         pass
     return model.language_model, cache
+
+
+def read_language(model, length):
+    """A cache of a language model alone."""
+    cache = model.make_cache()
+    for _ in prefill(model, model.embed(mx.array([5] * length)), cache):
+        pass
+    return cache
 
 
 class DecodeStep:
@@ -53,8 +72,9 @@ def logprobs_of(logits):
 
 
 @pytest.mark.parametrize("options", [None, CacheOptions(270, 9)], ids=["plain", "rotating"])
-def test_each_step_equals_the_model(loaded, work, options):
-    """Over the end of a block, and over that of the window."""
+def test_each_step_equals_the_model(loaded, work, options, monkeypatch):
+    """Over the end of a reserve, and over that of the window."""
+    monkeypatch.setattr(engine, "RESERVE", 256)
     model, cache = read(loaded, 245, options)
     twin = copy_cache(cache)
     model.decode_step = None
@@ -71,6 +91,95 @@ def test_each_step_equals_the_model(loaded, work, options):
     assert [entry.offset for entry in cache] == [entry.offset for entry in twin]
     assert work.passes == [1] * 80
     assert work.traces == 2, "once for each size of the buffers"
+
+
+def test_answers_of_every_entrance_share_one_trace(fixtures, work):
+    """Of any length below the reserve, about pictures or not."""
+    model, processor = load(fixtures / "v5", dtype="float32")
+    settings = {"sampling": Sampling(temperature=0)}
+    generate(model, processor, "Hi", max_tokens=3, **settings)
+    assert work.traces == 1
+    generate(model, processor, "Another one, and longer", max_tokens=500, **settings)
+    generate(model, processor, "What is it?", picture(90, 60), max_tokens=9, **settings)
+    generate(model, processor, "Hi", max_tokens=5, temperature=1.0, seed=1)
+    batch_generate(model, processor, ["Hi", "Hello"], batch_size=1)
+    list(generate_step([5] * 900, model, max_tokens=120))
+    session = Session(model, processor)
+    session.see(picture(60, 40))
+    for question in ("What is it?", "And what colour has it?"):
+        session.ask(question, max_tokens=4, **settings)
+        session.send(question, max_tokens=4, **settings)
+    assert work.traces == 1
+    with Worker(load=lambda: (model, processor)) as worker:
+        for length in (5, 9):
+            worker.submit("Hi", max_tokens=length).result()
+    assert work.traces == 2, "MLX keeps traces for each thread"
+
+
+def test_what_traces_again(fixtures, work, monkeypatch):
+    """Another type, training and adapters, once each; long answers once in each reserve."""
+    monkeypatch.setattr(engine, "RESERVE", 256)
+    model, _ = load(fixtures / "v5", dtype="float32")
+    language = model.language_model
+
+    def traces(tokens=5):
+        before = work.traces
+        list(generate_step([5] * 20, model, max_tokens=tokens))
+        return work.traces - before
+
+    assert [traces(), traces(9)] == [1, 0]
+    assert traces(1000) == 3, "512 slots at first, as an answer may be long; then 768 and 1024"
+    assert traces(1000) == 0
+    model.set_dtype(mx.bfloat16)
+    assert [traces(), traces()] == [1, 0]
+    model.train()
+    model.eval()
+    assert traces() == 0, "nothing has changed"
+    attention = next(layer for layer in language.layers if layer.is_attention_layer).self_attn
+    linear, hidden = attention.q_proj, attention.q_proj.weight.shape[1]
+    update = Update(mx.ones((hidden, 2)), mx.ones((2, len(linear.weight))), None)
+    attention.q_proj = AdaptedLinear(linear, update, 0.5)
+    assert [traces(), traces()] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [None, CacheOptions(40, 9), CacheOptions(kv_bits=8, quantized_kv_start=0)],
+    ids=["plain", "rotating", "integers"],
+)
+def test_cuda_decodes_one_row_without_a_mask(wide, work, monkeypatch, options):
+    """As the traced step up to rounding; several rows are traced there, too."""
+    settings = {"max_tokens": 60, "cache_options": options or CacheOptions()}
+    ids = list(range(5, 25))
+
+    def steps():
+        return [*generate_step(ids, wide, **settings)]
+
+    expected = steps()
+    monkeypatch.setattr(engine, "backend", lambda: "cuda")
+    work.clear()
+    found = steps()
+    assert work.traces == 0
+    assert work.passes == [20] + [1] * 59
+    assert [token for token, _ in found] == [token for token, _ in expected]
+    for (_, logprobs), (_, right) in zip(found, expected, strict=True):
+        assert relative(logprobs, right) < TOLERANCE
+
+
+def test_cuda_traces_rows_that_come_and_go(loaded, work, monkeypatch):
+    model, processor = loaded()
+    model.language_model.decode_step = None
+    questions = [
+        Question(text, max_tokens=n, sampling=Sampling(temperature=0))
+        for n, text in ((9, "Hi"), (3, "Hello, you"))
+    ]
+    expected = [result.tokens for result in batch_generate(model, processor, questions)]
+    monkeypatch.setattr(engine, "backend", lambda: "cuda")
+    work.clear()
+    found = [result.tokens for result in batch_generate(model, processor, questions)]
+    assert found == expected
+    assert work.steps == [2, 2, 2], "the longer answer ends alone"
+    assert work.passes[-5:] == [1] * 5
 
 
 def test_empty_slots_are_not_seen(loaded):
@@ -138,6 +247,51 @@ def test_operations_of_a_decode_step(loaded, tmp_path):
     traced = operations(DecodeStep(model, cache)(9), tmp_path)
     assert traced <= OPERATIONS, "a decode step has grown"
     assert traced < 0.6 * plain
+
+
+def peak_of_steps(model, monkeypatch, turns):
+    """Bytes that steps take, and those of the buffers, while each last step is still read."""
+    monkeypatch.setattr(Batch, "takes_turns", turns)
+    batch = DecodeStep(model, read_language(model, 9)).batch
+    for _ in range(4):  # the first ones trace, and make the second set
+        batch._launch()
+    mx.eval(batch.y, batch.states)
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in range(3):
+        reading = batch.states, batch.y  # as a command buffer in flight does
+        batch._launch()
+        mx.eval(batch.y)
+        del reading
+    mx.synchronize()
+    buffers = sum(array.nbytes for arrays in batch.states for array in arrays)
+    return mx.get_peak_memory() - before, buffers
+
+
+def test_no_step_copies_buffers_that_are_still_read(wide, monkeypatch):
+    """A GPU that is behind holds the buffers of the last step; with two sets that does not hurt."""
+    peak, buffers = peak_of_steps(wide, monkeypatch, turns=False)
+    assert peak > 0.9 * buffers, "nothing holds them, so the test proves nothing"
+    peak, buffers = peak_of_steps(wide, monkeypatch, turns=True)
+    assert peak < 0.1 * buffers
+
+
+def test_when_there_are_two_sets(wide, monkeypatch):
+    """On a GPU, if a copy takes longer than a few kernels, and memory is small beside a model's."""
+    batch = DecodeStep(wide, read_language(wide, 9)).batch
+    nbytes = sum(array.nbytes for arrays in batch.states for array in arrays)
+    for backend, least, weights, expected in (
+        ("metal", nbytes, 4 * nbytes, True),
+        ("cuda", nbytes, 4 * nbytes, True),
+        ("cpu", nbytes, 4 * nbytes, False),
+        ("metal", nbytes + 1, 4 * nbytes, False),
+        ("metal", nbytes, 4 * nbytes - 4, False),
+    ):
+        monkeypatch.setattr(engine, "backend", lambda backend=backend: backend)
+        monkeypatch.setattr(engine, "TURNS_FROM", least)
+        batch.weight_bytes = weights
+        assert batch.takes_turns == expected
 
 
 @pytest.mark.parametrize(("length", "before"), [(1, 5), (128, 0), (300, 0), (300, 70)])

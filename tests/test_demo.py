@@ -234,6 +234,8 @@ def test_a_wheel_holds_the_model_and_needs_no_network(tmp_path):
     )
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         wheel.extractall(tmp_path / "installed")
+    package = tmp_path / "installed" / "mlx_lfm2vl"
+    assert json.loads((package / "measuring" / "reference.json").read_text())["cases"]
     # no file of this repository, no proxy, no hub
     environment = {
         **os.environ,

@@ -276,6 +276,21 @@ def test_labels(demo):
     assert tiled != listed[:1], "options reach the picture"
 
 
+def test_an_answer_that_is_cut_has_no_box_that_was_made_up(demo):
+    picture = ROOT / "examples" / "demo" / "picture.png"
+    whole = detect(*demo, picture, ["yellow square"])
+    found = [detect(*demo, picture, ["yellow square"], max_tokens=n) for n in (2, 20, 27, 60)]
+    assert found[0] == []
+    assert found[-1] == whole
+    assert all(boxes in ([], whole) for boxes in found)
+
+
+def test_without_llguidance_the_model_is_free(demo, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    [box] = detect(*demo, ROOT / "examples" / "demo" / "picture.png", ["yellow square"])
+    assert box.label == "yellow square"
+
+
 def test_a_picture_is_encoded_once(demo, work):
     picture = ROOT / "examples" / "demo" / "picture.png"
     detect(*demo, picture, ["star"])
@@ -306,11 +321,11 @@ def test_scores_are_the_probabilities_of_the_coordinates(demo):
 
 
 def test_scores_order_boxes(demo):
-    """Fewer pictures than `precision.py` takes."""
-    found, things = precision.find(*demo, 40)
+    """Fewer pictures than `precision.py` takes, some of which the model sees wrong."""
+    found, things = precision.find(*demo, range(28, 44))
     scored, constant = precision.both(found, things)
-    assert scored > constant
-    assert scored > 0.85
+    assert scored > constant + 0.03
+    assert scored > 0.7
 
 
 def test_average_precision():

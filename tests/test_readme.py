@@ -93,6 +93,8 @@ def test_commands_run(line, folder, fixtures):
             convert(fixtures / "wide", "lfm2-4bit", Quantization())
     elif "train" in line or "fuse" in line or "adapter" in line:
         line = prepare_training(line, folder, fixtures)
+    elif "doctor" in line:
+        line = line.replace("python -m", f"{sys.executable} -m", 1)
     else:
         more = "" if "detect" in line else " -m 200"
         line = re.sub(

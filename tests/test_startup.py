@@ -50,7 +50,8 @@ ROOMS = (
     *("serving", "conversion", "training", "measuring", "cli"),
 )
 DOORS = (
-    *("__main__", "batch", "benchmark", "convert", "detect", "fuse", "generate", "serve", "train"),
+    *("__main__", "batch", "benchmark", "convert", "detect", "doctor", "fuse", "generate"),
+    *("serve", "train"),
 )
 Module = tuple[str, ...]
 

@@ -42,7 +42,7 @@ def main_of(command):
         (["--dtype"], "--dtype"),
         (["--versoin"], "did you mean --version?"),
         (["--model", "a\0b"], "NUL"),
-        (["--revision", "x", "--no-such\nflag"], "--no-such flag"),
+        (["--model", "x", "--no-such\nflag"], "--no-such flag"),
     ],
 )
 def test_mistaken_flags_are_told_in_one_line(command, arguments, told, outcome):

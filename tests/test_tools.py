@@ -12,8 +12,10 @@ from typing import Any, Literal
 import mlx.core as mx
 import pytest
 from jsonschema import Draft202012Validator
+from PIL import Image
 
 from mlx_lfm2vl import AnswerError, PromptError, Question, batch_generate, load, stream_generate
+from mlx_lfm2vl.cli.batch import main as batch_main
 from mlx_lfm2vl.generation.answer import Answer
 from mlx_lfm2vl.generation.tools import ToolCallStream
 from mlx_lfm2vl.prompts.constraint import compiled
@@ -28,6 +30,7 @@ from mlx_lfm2vl.prompts.tool_calls import (
 )
 from mlx_lfm2vl.prompts.tool_grammar import function_schema, read_tools, tool_grammar
 
+from .checkpoints.pictures import picture
 from .helpers import FIXTURES, PUBLISHED
 
 
@@ -778,6 +781,10 @@ def test_tools_at_the_command_line(tmp_path, capsys):
         assert answer["tool_calls"] == []
         lengths[choice] = answer["prompt_tokens"]
     assert lengths["auto"] > lengths["none"], "none shows no tools"
+    with pytest.raises(SystemExit):
+        main([*command, "--tools", str(file), "--tool-choice", "stop", "--max-tokens", "600"])
+    [call, *_] = json.loads(capsys.readouterr().out)["tool_calls"]
+    assert call["function"] == {"name": "stop", "arguments": "{}"}
     for wrong in (
         ["--tools", str(tmp_path / "none.json")],
         ["--tools", str(file), "--tool-choice", "any"],
@@ -787,3 +794,15 @@ def test_tools_at_the_command_line(tmp_path, capsys):
             main([*command, *wrong])
         assert ended.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_folder_mode_writes_calls(tmp_path, capsys):
+    (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
+    Image.fromarray(picture(60, 40, 1)).save(tmp_path / "a.png")
+    with pytest.raises(SystemExit):
+        batch_main(["--model", "demo", "--images", str(tmp_path / "a.png"), "--prompt", "Hi",
+                    "--output", str(tmp_path / "o.jsonl"), "--tools", str(tmp_path / "tools.json"),
+                    "--tool-choice", "stop", "--max-tokens", "600"])  # fmt: skip
+    entry = json.loads((tmp_path / "o.jsonl").read_text())
+    assert [call["function"]["name"] for call in entry["tool_calls"]][:1] == ["stop"]
+    assert parse_calls(entry["text"])[0] == ToolCall("stop", {})

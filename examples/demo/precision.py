@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Iterable
 from typing import Any
 
 from evaluate import true_boxes
@@ -26,12 +27,12 @@ def query_of(question: str) -> str:
     return question.removeprefix(before).removesuffix(after)
 
 
-def find(model: Any, processor: Any, count: int, split: str = "test") -> tuple[Found, int]:
-    """All boxes of so many pictures, and how many things there are."""
+def find(model: Any, processor: Any, numbers: Iterable[int]) -> tuple[Found, int]:
+    """All boxes of unseen pictures, and how many things there are."""
     found: Found = []
     things = 0
-    for number in range(count):
-        example = make_example(split, number, "detect")
+    for number in numbers:
+        example = make_example("test", number, "detect")
         [picture], query = example.pictures, query_of(example.turns[0][0])
         width, height = picture.size
         left = [
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500, help="pictures (default: 500)")
     args = parser.parse_args()
     model, processor = load(args.model)
-    found, things = find(model, processor, args.count)
+    found, things = find(model, processor, range(args.count))
     scored, constant = both(found, things)
     right = sum(is_right for _, is_right in found)
     print(f"{len(found)} boxes, {right} right, {things} things")

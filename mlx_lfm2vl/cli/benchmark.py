@@ -28,13 +28,14 @@ from .options import (
 from .terminal import Parser, make_parser, run_command, tell, write
 
 if TYPE_CHECKING:
-    from ..measuring.stages import BenchmarkResult, ImageCosts, Size
+    from ..measuring.stages import BenchmarkResult, ImageCosts, KnobCosts, Size
 
 EPILOG = """\
 examples:
   %(prog)s --model LiquidAI/LFM2.5-VL-450M
   %(prog)s --model lfm2-4bit --image photo.jpg --rounds 5 --output speed.json
   %(prog)s --model lfm2-4bit --size 640x480 1600x1200 4000x3000
+  %(prog)s --size 2000x1500 --patches-per-group 1024 4096 --prefill-step 1024 2048
 """
 
 
@@ -63,7 +64,14 @@ def as_table(result: BenchmarkResult) -> str:
     for title, show in IMAGE_ROWS:
         rows.append([title, *(show(costs) for costs in result.images)])
     blank = [""] * (len(rows[0]) - 2)
-    return "\n".join([*head, *_markdown(rows + [[*row, *blank] for row in whole])])
+    table = _markdown(rows + [[*row, *blank] for row in whole])
+    return "\n".join([*head, *table, *map(_knob, result.knobs)])
+
+
+def _knob(costs: KnobCosts) -> str:
+    """A line such as `prefill step, 640x480: 512 in 9.1 ms, 1024 in 8.0 ms; best here is 1024`."""
+    times = ", ".join(f"{value} in {_duration(time)}" for value, time in costs.seconds.items())
+    return f"{costs.name}, {costs.image}: {times}; best here is {costs.best}"
 
 
 def _duration(value: float) -> str:
@@ -132,6 +140,19 @@ def build_parser() -> Parser:
             metavar="N",
             help=f"{meaning} (default: {default})",
         )
+    for flag, meaning in (
+        ("--patches-per-group", "patches that go through the vision tower at once"),
+        ("--prefill-step", "positions of a prompt that are read at once"),
+    ):
+        parser.add_argument(
+            flag,
+            nargs="+",
+            action="extend",
+            default=[],
+            type=positive,
+            metavar="N",
+            help=f"{meaning}: values to try, and to tell which is best here",
+        )
     parser.add_argument(
         "--json",
         nargs="?",
@@ -179,6 +200,8 @@ def run(args: argparse.Namespace) -> None:
         rounds=args.rounds,
         max_tokens=args.max_tokens,
         rows=args.batch_size,
+        patches_per_group=args.patches_per_group,
+        prefill_steps=args.prefill_step,
         progress=_tell if sys.stderr.isatty() else None,
     )
     write((as_json(result) if alone else as_table(result)) + "\n")

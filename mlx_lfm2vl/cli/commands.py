@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "fine-tune on conversations about images",
     "fuse": "work trained adapters into the weights",
     "benchmark": "measure each stage on this machine",
+    "doctor": "check that this machine computes what it should",
 }
 
 

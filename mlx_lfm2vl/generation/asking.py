@@ -16,7 +16,8 @@ from ..prompts.processor import Lfm2VlProcessor, Prompt
 from ..prompts.question import Question, QuestionSettings
 from .answer import GenerationResponse, eos_token_ids
 from .engine import Engine
-from .generate import as_question, run, stream_generate, wired_limit
+from .generate import as_question, run, stream_generate
+from .memory import memory_limits
 
 
 def ask_json(
@@ -78,8 +79,7 @@ def choose(
         PromptError, ImageError, ConfigError: as `stream_generate`.
     """
     question = as_question(prompt, images, **settings)
-    with wired_limit(model):
-        return scores(Engine(model, processor), question, options)
+    return scores(Engine(model, processor), question, options)
 
 
 def scores(engine: Engine, question: Question, options: Sequence[str]) -> dict[str, float]:
@@ -93,6 +93,13 @@ def scores(engine: Engine, question: Question, options: Sequence[str]) -> dict[s
         raise PromptError(
             f"options is {options!r:.200}; it must be a list of texts, none empty, all different"
         )
+    with memory_limits(cast(Lfm2VlForConditionalGeneration, engine.model)):
+        totals = _totals(engine, question, options)
+        return dict(zip(options, cast("list[float]", mx.softmax(totals).tolist()), strict=True))
+
+
+def _totals(engine: Engine, question: Question, options: Sequence[str]) -> mx.array:
+    """The score of each option, (options,)."""
     processor = cast(Lfm2VlProcessor, engine.processor)
     question = question.prepared(processor)
     token_ids = cast(Prompt, question.prompt).token_ids
@@ -116,5 +123,4 @@ def scores(engine: Engine, question: Question, options: Sequence[str]) -> dict[s
     ids = mx.array([token for part in targets for token in part])
     found = mx.take_along_axis(logprobs, ids[:, None], axis=-1)[:, 0]
     rows = mx.array([n for n, part in enumerate(targets) for _ in part])
-    totals = mx.zeros(len(options)).at[rows].add(found)
-    return dict(zip(options, cast("list[float]", mx.softmax(totals).tolist()), strict=True))
+    return mx.zeros(len(options)).at[rows].add(found)

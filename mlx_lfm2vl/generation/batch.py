@@ -16,7 +16,8 @@ from ..prompts.processor import Lfm2VlProcessor, Prompt
 from ..prompts.question import Question
 from ..prompts.tool_calls import ToolCall
 from .engine import Engine, Row
-from .generate import as_question, wired_limit
+from .generate import as_question
+from .memory import memory_limits
 
 DEFAULT_BATCH_SIZE = 8
 BATCH_SIZE = Bound(int, 1, 4096)
@@ -89,7 +90,7 @@ def stream_batch(
     engine = Engine(model, processor, max_rows=batch_size, fair=False)
     waiting = enumerate(questions)
     pieces: dict[Row, tuple[int, list[str], list[ToolCall]]] = {}
-    with wired_limit(model):
+    with memory_limits(model):
         while True:
             while len(pieces) < batch_size and (following := next(waiting, None)) is not None:
                 index, question = following

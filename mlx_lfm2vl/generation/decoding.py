@@ -15,12 +15,14 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+import mlx.nn as nn
 
 from ..models.cache import Cache, Step
+from ..models.layers import JointProjections, backend
 from ..models.lfm2 import Lfm2ForCausalLM
 
 CONSTANTS = (bool, int, float, str)
+Place = tuple[nn.Module, str]  # of an array: the module that has it, and its name there
 States = list[list[mx.array]]  # arrays of each layer's cache, with one row per answer
 
 
@@ -29,7 +31,6 @@ class DecodeStep:
 
     def __init__(self, language_model: Lfm2ForCausalLM) -> None:
         self.language_model = weakref.ref(language_model)  # which keeps this step
-        self.names = [name for name, _ in tree_flatten(language_model.parameters())]
         self.structure = structure(language_model)
         self.traced: dict[Any, Callable[..., tuple[mx.array, States]]] = {}
 
@@ -37,7 +38,7 @@ class DecodeStep:
         self,
         weights: list[mx.array],
         token_ids: mx.array,
-        table: mx.array,
+        table: list[list[int]],
         cache: Sequence[Cache],
         states: States,
         kind: Any,
@@ -46,14 +47,15 @@ class DecodeStep:
 
         Args:
             weights: of the model as it is now.
-            table: (3, rows), see `Step`.
+            table: (3 or 4, rows), see `Step`.
             cache: of any of the rows; says of which kinds the states are.
             kind: the same for caches whose kinds are the same.
         """
-        if kind not in self.traced:
+        key = kind, backend()
+        if key not in self.traced:
             empty = [entry.restore(entry.meta, ()) for entry in cache]
-            self.traced[kind] = mx.compile(partial(self._forward, [e.traced for e in empty]))
-        return self.traced[kind](weights, token_ids, table, states)
+            self.traced[key] = mx.compile(partial(self._forward, [e.traced for e in empty]))
+        return self.traced[key](weights, token_ids, mx.array(table), states)
 
     def _forward(
         self,
@@ -65,27 +67,59 @@ class DecodeStep:
     ) -> tuple[mx.array, States]:
         model, step = self.language_model(), Step(*table)
         assert model is not None
-        own = model.parameters()
-        model.update(tree_unflatten(list(zip(self.names, weights, strict=True))))
+        places = weight_places(model)
+        own = [module[name] for module, name in places]
+        set_weights(places, weights)
         try:
             cache = [kind(arrays, step) for kind, arrays in zip(kinds, states, strict=True)]
-            hidden = model.model(model.embed(token_ids[:, None]), cache).last_hidden_state
-            return model.logits(hidden[:, -1]), [entry.state for entry in cache]
+            return self.untraced(token_ids, cache), [entry.state for entry in cache]
         finally:
-            model.update(own)
+            set_weights(places, own)
+
+    def untraced(self, token_ids: mx.array, cache: Sequence[Any]) -> mx.array:
+        """Tokens (rows,) -> logits (rows, vocab); takes the caches along."""
+        model = self.language_model()
+        assert model is not None
+        hidden = model.model(model.embed(token_ids[:, None]), cache).last_hidden_state
+        return model.logits(hidden[:, -1])
 
 
 def decode_step(language_model: Lfm2ForCausalLM) -> tuple[DecodeStep, list[mx.array]]:
     """The step of a model, traced before or not yet, and the model's present weights."""
+    for module in language_model.modules():
+        if isinstance(module, JointProjections):
+            module.join()
     kept = language_model.decode_step
     if kept is None or kept.structure != structure(language_model):
         language_model.decode_step = kept = DecodeStep(language_model)
-    return kept, [array for _, array in tree_flatten(language_model.parameters())]
+    return kept, [module[name] for module, name in weight_places(language_model)]
 
 
 def structure(language_model: Lfm2ForCausalLM) -> list[Any]:
-    """All that a trace takes for constant: modules, their kinds and their numbers."""
+    """All that a trace takes for constant: modules, their kinds, their numbers, what is joint."""
     return [
         (path, type(module), [(k, v) for k, v in vars(module).items() if isinstance(v, CONSTANTS)])
         for path, module in language_model.named_modules()
+    ] + [name for _, name in weight_places(language_model)]
+
+
+def weight_places(language_model: Lfm2ForCausalLM) -> list[Place]:
+    """Where the weights that a step reads stand; joint ones in place of their parts."""
+    modules, parts = list(language_model.modules()), set()
+    for module in list(modules):
+        if isinstance(module, JointProjections) and module.joint is not None:
+            modules.append(module.joint.linear)
+            parts |= {id(module[name]) for name in module.TOGETHER}
+    return [
+        (module, name)
+        for module in modules
+        if id(module) not in parts
+        for name, value in module.items()
+        if isinstance(value, mx.array)
     ]
+
+
+def set_weights(places: Sequence[Place], weights: Sequence[mx.array]) -> None:
+    """Puts weights where they stand."""
+    for (module, name), array in zip(places, weights, strict=True):
+        module[name] = array

@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from ..errors import PromptError
 from ..models.cache import Cache, KVCache, blocks, is_long, quantize_caches
+from ..models.layers import backend
 from ..models.lfm2 import Lfm2ForCausalLM
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..options import CacheOptions
@@ -28,8 +29,8 @@ from .guide import Guide, vocabulary
 from .sampling import LogitsProcessor, Sampler, from_settings
 
 PREFILL_STEP_SIZE = 1024  # positions of a prompt at once; more takes memory and saves no time
-CLEAR_CACHE_EVERY = 256  # steps
-RESERVE = 1024  # slots at most that wait for an answer, so that few steps are traced again
+RESERVE = 1024  # slots; buffers grow by so many, so that few steps are traced again
+TURNS_FROM = 1 << 23  # bytes of buffers, from which to copy them takes longer than a few kernels
 
 
 class Prefixes(Protocol):
@@ -254,7 +255,6 @@ class Engine:
         self.reading: deque[tuple[Row, Iterator[None]]] = deque()
         self.arrivals: list[Row] = []
         self.batches: dict[Any, Batch] = {}
-        self.steps = 0
 
     def add(
         self,
@@ -419,9 +419,6 @@ class Engine:
                 self.reading.appendleft((row, self._jump(row)))
             if not batch.rows and not jumping:  # otherwise the row is back soon
                 del self.batches[kind]
-        self.steps += 1
-        if self.steps % CLEAR_CACHE_EVERY == 0:
-            mx.clear_cache()
         return events
 
 
@@ -446,23 +443,26 @@ class Batch:
     Attributes:
         rows: in the order of the arrays' rows.
         states: arrays of each layer's cache, (rows, …); the rows' own caches are empty meanwhile.
+        older: the same, without the last token, and its keys and values; none if there is no step
+            before or if there are no two sets.
         y: the tokens (rows,) that go in next.
     """
 
     def __init__(self, language_model: Lfm2ForCausalLM, kind: Any) -> None:
         self.kind = kind
         self.traced, self.weights = decode_step(language_model)
+        self.weight_bytes = sum(array.nbytes for array in self.weights)
         self.rows: list[Row] = []
         self.states: States = []
+        self.older: States = []
         self.y = mx.array([], mx.uint32)
         self.capacity = 0
 
     def join(self, row: Row) -> None:
         """Takes a row in, behind the present ones."""
         assert row.y is not None
-        slots, most = row.offset + min(row.left, RESERVE), row.attention.max_size
-        slots = max(row.attention.used, slots if most is None else min(slots, most))
-        self.reserve(row.cache, slots)
+        self.reserve(row.cache, max(row.attention.used, slots_for(row, min(row.left, RESERVE))))
+        self.older = []
         for n, entry in enumerate(row.cache):
             arrays = entry.padded(entry.state, self.capacity)
             entry.arrays = []
@@ -477,7 +477,7 @@ class Batch:
     def reserve(self, cache: Sequence[Cache], slots: int) -> None:
         """Makes capacity for so many slots, in whole blocks."""
         if slots > self.capacity:
-            self.capacity = blocks(slots)
+            self.capacity, self.older = blocks(slots), []
             self.states = [
                 entry.padded(arrays, self.capacity)
                 for entry, arrays in zip(cache, self.states, strict=False)
@@ -506,8 +506,9 @@ class Batch:
                     entry.arrays = arrays if alone else [a[i : i + 1] for a in arrays]
         left = [i for i, row in enumerate(self.rows) if not which(row)]
         if not left:
-            self.rows, self.states, self.capacity = [], [], 0
+            self.rows, self.states, self.older, self.capacity = [], [], [], 0
         elif going:
+            self.older = []
             self.rows, places = [self.rows[i] for i in left], mx.array(left)
             self.states = [[array[places] for array in arrays] for arrays in self.states]
             self.y = self.y[places]
@@ -519,15 +520,16 @@ class Batch:
             if row.logits_processors:
                 row.history = mx.concatenate([row.history, self.y[i : i + 1]])
         cache, places = self.rows[0].cache, [(row, row.attention) for row in self.rows]
+        self.reserve(cache, max(slots_for(row, 1) for row in self.rows))
         slots = [entry.slot(row.offset) for row, entry in places]
-        self.reserve(cache, 1 + max(slots))
         most = [entry.max_size for _, entry in places]
         offsets = [row.offset for row in self.rows]
         last = [o if m is None else min(o, m - 1) for o, m in zip(offsets, most, strict=True)]
-        table = mx.array([offsets, slots, last])
-        logits, self.states = self.traced(
-            self.weights, self.y, table, cache, self.states, self.kind
-        )
+        before = [entry.slot(row.offset - 1) for row, entry in places]
+        if backend() == "cuda" and len(self.rows) == 1:
+            logits = self._untraced(cache)
+        else:
+            logits = self._forward(cache, [offsets, slots, last], before)
         if any(row.waits for row in self.rows):
             mx.async_eval(logits)  # meanwhile, processors look at tokens
         forced = [row.forced[:1] for row in self.rows]
@@ -536,6 +538,59 @@ class Batch:
             row.unread = not tokens
         self._choose(logits, forced)
         mx.async_eval(self.y)
+
+    def _untraced(self, cache: Sequence[Cache]) -> mx.array:
+        """As `_forward`, for a row alone.
+
+        CUDA's fast attention takes no array for a mask, which a step of fixed shapes cannot do
+        without.
+        """
+        for entry, arrays in zip(cache, self.states, strict=True):
+            entry.arrays, entry.offset = arrays, self.rows[0].offset
+        logits = self.traced.untraced(self.y, cache)
+        self.states = [list(entry.arrays) for entry in cache]
+        return logits
+
+    def _forward(
+        self, cache: Sequence[Cache], table: list[list[int]], before: list[int]
+    ) -> mx.array:
+        """Logits (rows, vocab) of the next tokens; takes the states along.
+
+        Args:
+            cache: of any row.
+            table: see `Step`, without its last row.
+            before: that row, the slots of the tokens before.
+        """
+        inputs, turns = self.states, self.takes_turns
+        if turns:
+            table = [*table, before]
+            if not self.older:
+                places = mx.array(before)[:, None, None, None]
+                self.older = [
+                    [*now, *(mx.take_along_axis(array, places, axis=2) for array in now)]
+                    if entry.has_slots
+                    else now
+                    for entry, now in zip(cache, self.states, strict=True)
+                ]
+            sets = zip(cache, self.older, self.states, strict=True)
+            inputs = [older if entry.has_slots else now for entry, older, now in sets]
+        logits, new = self.traced(self.weights, self.y, table, cache, inputs, self.kind)
+        pairs = list(zip(self.states, new, strict=True))
+        self.older = [[*now, *more[len(now) :]] for now, more in pairs] if turns else []
+        self.states = [more[: len(now)] for now, more in pairs]
+        return logits
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether there are two sets of buffers, of which a step writes the one read less lately.
+
+        A GPU may still read for the last step when it is handed the next one, and what is read
+        MLX copies in order to write. Two sets cost memory, and one more write for each.
+        """
+        if backend() == "cpu":
+            return False
+        nbytes = sum(array.nbytes for arrays in self.states for array in arrays)
+        return TURNS_FROM <= nbytes <= self.weight_bytes / 4
 
     def _choose(self, logits: mx.array, forced: list[list[int]]) -> None:
         """Logits (rows, vocab) -> the tokens that go in next, if they are not known already."""
@@ -570,6 +625,12 @@ class Batch:
             if logprobs is not None
             for event in tell(row, token, logprobs)
         ]
+
+
+def slots_for(row: Row, tokens: int) -> int:
+    """Capacity for so many more tokens: whole reserves, but no more than a window."""
+    slots, most = -(-(row.offset + tokens) // RESERVE) * RESERVE, row.attention.max_size
+    return slots if most is None else min(slots, most)
 
 
 def tell(row: Row, token: int, logprobs: mx.array) -> list[Event]:

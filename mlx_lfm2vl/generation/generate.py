@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Unpack, cast
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from ..errors import PromptError
 from ..models.cache import Cache
@@ -21,6 +18,7 @@ from ..prompts.processor import Lfm2VlProcessor, Prompt
 from ..prompts.question import NO_CACHE_OPTIONS, Question, QuestionSettings
 from .answer import GenerationResponse
 from .engine import PREFILL_STEP_SIZE, Engine, Row
+from .memory import memory_limits
 from .sampling import LogitsProcessor, Sampler
 
 
@@ -102,9 +100,8 @@ def stream_generate(
     question = as_question(prompt, images, **settings)
 
     def responses() -> Iterator[GenerationResponse]:
-        with wired_limit(model):
-            engine = Engine(model, processor)
-            yield from run(engine, engine.add(question))
+        engine = Engine(model, processor)
+        yield from run(engine, engine.add(question))
 
     return responses()
 
@@ -136,32 +133,14 @@ def as_question(
 
 def run(engine: Engine, row: Row) -> Iterator[Any]:
     """Steps until a row has ended, and yields its responses; raises what ends it."""
-    try:
-        while not row.finished:
-            for event in engine.step():
-                if event.row is row:
-                    if event.error is not None:
-                        raise event.error
-                    if event.response is not None:  # a prompt that was only read has none
-                        yield event.response
-    finally:
-        engine.cancel(row)
-
-
-@contextmanager
-def wired_limit(model: nn.Module) -> Iterator[None]:
-    """Keeps the model's memory wired on Metal while it generates; restores the limit after.
-
-    The limit is the model's size and a quarter, at most what the machine recommends.
-    """
-    if not mx.metal.is_available():
-        yield
-        return
-    model_bytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    recommended = int(mx.device_info()["max_recommended_working_set_size"])
-    before = mx.set_wired_limit(min(recommended, model_bytes + model_bytes // 4))
-    try:
-        yield
-    finally:
-        mx.synchronize()
-        mx.set_wired_limit(before)
+    with memory_limits(engine.model):
+        try:
+            while not row.finished:
+                for event in engine.step():
+                    if event.row is row:
+                        if event.error is not None:
+                            raise event.error
+                        if event.response is not None:  # a prompt that was only read has none
+                            yield event.response
+        finally:
+            engine.cancel(row)

@@ -28,7 +28,8 @@ from ..prompts.processor import Lfm2VlProcessor
 from ..prompts.question import Question
 from .answer import GenerationResponse
 from .engine import AnswerRow, Engine
-from .generate import generate, wired_limit
+from .generate import generate
+from .memory import memory_limits
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -274,11 +275,11 @@ def _object_schema(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def guided(schema: Any) -> dict[str, Any]:
-    """Settings that keep answers to a schema, if llguidance is installed.
+    """Settings that keep answers to a schema, if llguidance is installed; nothing is made up.
 
     Without it the model answers freely, and what is whole of its answer is read.
     """
-    return {"schema": schema} if can_constrain() else {}
+    return {"schema": schema, "close": False} if can_constrain() else {}
 
 
 class Reading:
@@ -379,7 +380,7 @@ def _read_answers(
 ) -> list[Reading]:
     """Answers questions about one picture together; it is encoded once."""
     features: dict[str, mx.array] = {}
-    with wired_limit(model):
+    with memory_limits(model):
         engine = Engine(model, processor, max_rows=MAX_ROWS, fair=False)
         rows = (AnswerRow(model, processor, question, features) for question in questions)
         readings = {engine.begin(row): Reading() for row in rows}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,40 @@ class Machine:
     python: str
     mlx: str
     mlx_lfm2vl: str
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What computes, as MLX names it.
+
+    Attributes:
+        name: such as "Apple M3 Max".
+        architecture: such as "applegpu_g15s"; empty on a CPU.
+        tf32: whether its environment lets MLX use TF32.
+    """
+
+    name: str
+    architecture: str = ""
+    tf32: bool = True
+
+    @property
+    def generation(self) -> int:
+        """Of Apple's GPUs: 13 in an M1, 14 in an M2, 17 in an M5; 0 elsewhere."""
+        found = re.fullmatch(r"applegpu_g(\d+)\w*", self.architecture)
+        return 0 if found is None else int(found[1])
+
+    @property
+    def uses_tf32(self) -> bool:
+        """Whether products of float32 keep 11 bits of each number."""
+        return self.generation >= 17 and self.tf32
+
+
+def this_chip() -> Chip:
+    """What the default device is."""
+    info = mx.device_info(mx.default_device())
+    architecture = str(info.get("architecture", "")) if mx.metal.is_available() else ""
+    name = str(info.get("device_name", platform.processor()))
+    return Chip(name, architecture, os.environ.get("MLX_ENABLE_TF32", "1") != "0")
 
 
 def repeat(rounds: int, measure: Callable[[], float]) -> list[float]:

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +23,9 @@ from ..checkpoints.hub import resolve_model
 from ..checkpoints.loading import load
 from ..errors import ImageError, PromptError
 from ..generation.batch import stream_batch
-from ..generation.generate import generate_step, wired_limit
+from ..generation.engine import PREFILL_STEP_SIZE
+from ..generation.generate import generate_step
+from ..generation.memory import memory_limits
 from ..models.cache import Cache, cache_nbytes, copy_cache
 from ..models.lfm2 import Lfm2ForCausalLM
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
@@ -80,6 +83,26 @@ class ImageCosts:
 
 
 @dataclass(frozen=True)
+class KnobCosts:
+    """A stage with several values of a setting; the image with the most patches was taken.
+
+    Attributes:
+        name: "patches per group" or "prefill step".
+        image: its name.
+        seconds: median by value.
+    """
+
+    name: str
+    image: str
+    seconds: dict[int, float]
+
+    @property
+    def best(self) -> int:
+        """The value that took the least time."""
+        return min(self.seconds, key=lambda value: self.seconds[value])
+
+
+@dataclass(frozen=True)
 class BenchmarkResult:
     """One model on one machine.
 
@@ -94,6 +117,7 @@ class BenchmarkResult:
         batch_rows: answers that decoded together.
         batch_tps: tokens per second of all of them, prompts not counted.
         images: one entry per image.
+        knobs: one entry per setting of which several values were tried.
     """
 
     model: str
@@ -107,6 +131,7 @@ class BenchmarkResult:
     batch_rows: int
     batch_tps: float
     images: list[ImageCosts]
+    knobs: list[KnobCosts]
 
 
 def benchmark(
@@ -121,6 +146,8 @@ def benchmark(
     rounds: int = DEFAULT_ROUNDS,
     max_tokens: int = DEFAULT_TOKENS,
     rows: int = DEFAULT_ROWS,
+    patches_per_group: Sequence[int] = (),
+    prefill_steps: Sequence[int] = (),
     progress: Callable[[str], None] | None = None,
 ) -> BenchmarkResult:
     """Measures a model on this machine.
@@ -133,6 +160,8 @@ def benchmark(
         rounds: how many count, after one that does not.
         max_tokens: length of each answer, 2 or more.
         rows: answers that decode together in the measurement of batches.
+        patches_per_group: values of the vision tower's setting of this name to try.
+        prefill_steps: how many positions of a prompt at once to try.
         progress: called with the name of what is measured next.
 
     Raises:
@@ -140,6 +169,8 @@ def benchmark(
         ModelNotFoundError, ConfigError, WeightsError, TrainError: as `load`.
     """
     _check(rounds=(rounds, 1), max_tokens=(max_tokens, 2), rows=(rows, 1))
+    for group, step in zip_longest(patches_per_group, prefill_steps, fillvalue=1):
+        _check(patches_per_group=(group, 1), prefill_steps=(step, 1))
     sources = _sources(images, sizes)
     tell = progress if progress is not None else _silence
     tell("load")
@@ -148,8 +179,11 @@ def benchmark(
     benches = [
         _ImageBench(network, processor, *source, image_options, max_tokens) for source in sources
     ]
-    with wired_limit(network):
-        return _measure(str(model), load_s, benches, rounds, rows, tell)
+    with memory_limits(network):
+        result = _measure(str(model), load_s, benches, rounds, rows, tell)
+        largest = max(benches, key=lambda bench: bench.patches)
+        knobs = largest.turn_knobs(rounds, patches_per_group, prefill_steps, tell)
+        return replace(result, knobs=knobs)
 
 
 def _measure(
@@ -180,6 +214,7 @@ def _measure(
         batch_rows=rows,
         batch_tps=rows * (max_tokens - 1) / batch_s,
         images=costs,
+        knobs=[],
     )
 
 
@@ -269,6 +304,44 @@ class _ImageBench:
             **medians,
         )
 
+    @property
+    def patches(self) -> int:
+        """Of all views."""
+        return sum(rows * cols for rows, cols in self.prompt.spatial_shapes)
+
+    def turn_knobs(
+        self,
+        rounds: int,
+        patches_per_group: Sequence[int],
+        prefill_steps: Sequence[int],
+        tell: Callable[[str], None],
+    ) -> list[KnobCosts]:
+        """Two stages with several values of what bounds their pieces."""
+        found = []
+        for name, values, make in (
+            ("patches per group", patches_per_group, self._vision_in_groups),
+            ("prefill step", prefill_steps, self._prefill),
+        ):
+            times: dict[int, float] = {}
+            for value in values:
+                tell(f"{self.name}: {name} {value}")
+                times[value] = median(repeat(rounds, make(value)))
+            if times:
+                found.append(KnobCosts(name, self.name, times))
+        return found
+
+    def _vision_in_groups(self, patches: int) -> Callable[[], float]:
+        tower = self.model.vision_tower
+
+        def measure() -> float:
+            before, tower.patches_per_group = tower.patches_per_group, patches
+            try:
+                return self._vision()
+            finally:
+                tower.patches_per_group = before
+
+        return measure
+
     def _preprocess(self) -> float:
         start = time.perf_counter()
         self.processor(QUESTIONS[0], self.source, image_options=self.image_options)
@@ -282,7 +355,7 @@ class _ImageBench:
     def _vision(self) -> float:
         return seconds(self._features)
 
-    def _prefill(self) -> Callable[[], float]:
+    def _prefill(self, step_size: int = PREFILL_STEP_SIZE) -> Callable[[], float]:
         features = self._features()
         mx.eval(features)
 
@@ -294,6 +367,7 @@ class _ImageBench:
                 self.model,
                 max_tokens=1,
                 prompt_cache=cache,
+                prefill_step_size=step_size,
                 input_embeddings=embeddings,
             )
             list(steps)

@@ -16,6 +16,7 @@ import mlx.core as mx
 from ..errors import PromptError
 from ..options import CacheOptions
 from .config import Lfm2Config
+from .layers import backend
 
 BLOCK = 256  # slots; buffers grow by so many, so that most tokens write in place
 CPU_BLOCK = 128  # tokens that attend together
@@ -28,11 +29,13 @@ class Step(NamedTuple):
         offset: position of the token.
         slot: where its keys and values go.
         last: the last slot that it sees.
+        before: where those of the token before go, which these buffers lack; None if they do not.
     """
 
     offset: mx.array
     slot: mx.array
     last: mx.array
+    before: mx.array | None = None
 
 
 class Quantized(NamedTuple):
@@ -136,7 +139,7 @@ class KVCache:
 
     def traced(self, arrays: Sequence[mx.array], step: Step) -> _InStep:
         """This kind inside of a traced step, its arrays those of all rows."""
-        return KVStep(arrays, step)
+        return KVStep().begin(arrays, step)
 
     def set_window(self, max_size: int | None, keep: int = 0) -> None:
         """Another window, for a cache that nothing has left yet, nor would have in the new one."""
@@ -228,7 +231,7 @@ class QuantizedKVCache(KVCache):
         )
 
     def traced(self, arrays: Sequence[mx.array], step: Step) -> _InStep:
-        return QuantizedKVStep(arrays, step, self.group_size, self.bits)
+        return QuantizedKVStep(self.group_size, self.bits).begin(arrays, step)
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -253,15 +256,31 @@ class QuantizedKVCache(KVCache):
 
 
 class _InStep(KVCache):
-    """While a step is traced: positions are arrays, one per row, and all slots are looked at."""
+    """While a step is traced: positions are arrays, one per row, and all slots are looked at.
 
-    step: Step
+    Attributes:
+        arrays: buffers of all rows.
+        latest: keys and values of the last token, if the buffers take them a step later.
+    """
+
+    def begin(self, arrays: Sequence[mx.array], step: Step) -> _InStep:
+        """Takes in what `state` gave."""
+        count = len(arrays) if step.before is None else len(arrays) // 2
+        self.arrays, self.latest = list(arrays[:count]), list(arrays[count:])
+        self.step, self.offset = step, step.offset  # type: ignore[assignment]
+        return self
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-        slot = self.step.slot[:, None, None, None]
-        pairs = zip(self.arrays, self._parts(keys, values), strict=True)
-        self.arrays = [mx.put_along_axis(array, slot, part, axis=2) for array, part in pairs]
+        new = self._parts(keys, values)
+        if self.step.before is not None:
+            self._put(self.latest, self.step.before)
+            self.latest = new
+        self._put(new, self.step.slot)
         return self._pair(self.arrays)
+
+    def _put(self, parts: Sequence[mx.array], slots: mx.array) -> None:
+        places, pairs = slots[:, None, None, None], zip(self.arrays, parts, strict=True)
+        self.arrays = [mx.put_along_axis(array, places, part, axis=2) for array, part in pairs]
 
     def make_mask(self, length: int) -> mx.array:
         """Boolean (rows, 1, 1, slots)."""
@@ -269,37 +288,31 @@ class _InStep(KVCache):
 
     @property
     def state(self) -> list[mx.array]:
-        return self.arrays
+        return [*self.arrays, *self.latest]
 
 
 class KVStep(_InStep):
     """`KVCache` in a traced step."""
 
-    def __init__(self, arrays: Sequence[mx.array], step: Step) -> None:
-        super().__init__()
-        self.arrays, self.step, self.offset = list(arrays), step, step.offset  # type: ignore[assignment]
-
 
 class QuantizedKVStep(_InStep, QuantizedKVCache):
     """`QuantizedKVCache` in a traced step."""
-
-    def __init__(self, arrays: Sequence[mx.array], step: Step, group_size: int, bits: int) -> None:
-        QuantizedKVCache.__init__(self, group_size, bits)
-        self.arrays, self.step, self.offset = list(arrays), step, step.offset  # type: ignore[assignment]
 
 
 class ConvCache:
     """The last `conv_L_cache - 1` gated inputs of a short convolution.
 
-    `inputs` is (batch, conv_L_cache - 1, hidden), or None before the first token. Arrays are never
-    written in place here, so copies may share them.
+    Attributes:
+        offset: position of the next token.
+        arrays: the inputs, each (batch, 1, hidden), the oldest first; none before the first token.
+            They are never written in place, so copies may share them.
     """
 
     has_slots = False
 
-    def __init__(self) -> None:
-        self.inputs: mx.array | None = None
-        self.offset = 0
+    def __init__(self, offset: int = 0, arrays: Sequence[mx.array] = ()) -> None:
+        self.offset = offset
+        self.arrays = list(arrays)
 
     def reserve(self, slots: int) -> None:
         """There is nothing to grow."""
@@ -311,31 +324,22 @@ class ConvCache:
 
     def traced(self, arrays: Sequence[mx.array], step: Step) -> ConvCache:
         """This kind inside of a traced step."""
-        return self.restore({"offset": 0}, arrays)
+        return ConvCache(0, arrays)
 
     def set_window(self, max_size: int | None, keep: int = 0) -> None:
         """A convolution has its own."""
 
     def copy(self) -> ConvCache:
         """A cache of its own."""
-        return self.restore(self.meta, self.state)
+        return ConvCache(self.offset, self.arrays)
 
     def shapes(self, config: Lfm2Config) -> list[tuple[int, ...]]:
         """What its state must look like in a model of this configuration."""
-        return [(1, config.conv_L_cache - 1, config.hidden_size)]
+        return [(1, 1, config.hidden_size)] * (config.conv_L_cache - 1)
 
     @property
     def state(self) -> list[mx.array]:
-        return [] if self.inputs is None else [self.inputs]
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        """As `state`."""
-        return self.state
-
-    @arrays.setter
-    def arrays(self, arrays: Sequence[mx.array]) -> None:
-        self.inputs = arrays[0] if arrays else None
+        return self.arrays
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -344,13 +348,12 @@ class ConvCache:
     @classmethod
     def restore(cls, meta: Mapping[str, Any], state: Sequence[mx.array]) -> ConvCache:
         """A cache from what `meta` and `state` gave."""
-        cache = cls()
-        cache.offset, cache.arrays = meta["offset"], list(state)
-        return cache
+        # older files hold the inputs as one array
+        return cls(meta["offset"], [x for a in state for x in mx.split(a, a.shape[1], axis=1)])
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.state)
+        return sum(array.nbytes for array in self.arrays)
 
 
 Cache = KVCache | ConvCache
@@ -424,8 +427,7 @@ def attention(
     taken in blocks, so that they are few.
     """
     length, before = queries.shape[2], keys.shape[2] - queries.shape[2]
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    step = CPU_BLOCK if isinstance(mask, str) and on_cpu else length
+    step = CPU_BLOCK if isinstance(mask, str) and backend() == "cpu" else length
     parts = []
     for start in range(0, length, step):
         end = before + min(start + step, length)

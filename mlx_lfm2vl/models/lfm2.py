@@ -17,7 +17,7 @@ from ..errors import ConfigError, PromptError
 from ..options import CacheOptions
 from .cache import Cache, ConvCache, attention, causal_mask, make_attention_cache
 from .config import Lfm2Config
-from .layers import checkpointed, swiglu
+from .layers import JointProjections, checkpointed, gated_sum, swiglu
 
 
 class Rotary(NamedTuple):
@@ -57,8 +57,10 @@ class Lfm2Output(NamedTuple):
     attentions: list[mx.array] | None = None
 
 
-class Lfm2Attention(nn.Module):
+class Lfm2Attention(JointProjections):
     """Grouped-query attention with normalised queries and keys, and rotary positions."""
+
+    TOGETHER = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: Lfm2Config) -> None:
         super().__init__()
@@ -87,13 +89,14 @@ class Lfm2Attention(nn.Module):
         """(batch, tokens, hidden) -> (batch, tokens - skip, hidden); the first ones only speak."""
         batch, length, hidden = x.shape
         # (batch·tokens, heads·dim) -> (batch, heads, tokens, dim)
-        queries = self.q_proj(x[:, skip:].reshape(-1, hidden))
+        queries, keys, values = self.project(x)
+        if skip > 0:
+            queries = self.q_proj(x[:, skip:].reshape(-1, hidden))
         queries = queries.reshape(batch, length - skip, self.num_heads, -1)
         queries = self.q_layernorm(queries).transpose(0, 2, 1, 3)
-        x = x.reshape(-1, hidden)
-        keys = self.k_proj(x).reshape(batch, length, self.num_key_value_heads, -1)
+        keys = keys.reshape(batch, length, self.num_key_value_heads, -1)
         keys = self.k_layernorm(keys).transpose(0, 2, 1, 3)
-        values = self.v_proj(x).reshape(batch, length, self.num_key_value_heads, -1)
+        values = values.reshape(batch, length, self.num_key_value_heads, -1)
         values = values.transpose(0, 2, 1, 3)
         later = rotary if skip == 0 else Rotary(rotary.offset + skip)
         queries, keys = self._rotate(queries, later), self._rotate(keys, rotary)
@@ -149,33 +152,37 @@ class Lfm2ShortConv(nn.Module):
         if masks.padding is not None:
             x = mx.where(masks.padding, x, 0)
         before, after, x = mx.split(self.in_proj(x), 3, axis=-1)
-        return self.out_proj(after * self._convolve(before * x, cache))
+        # (hidden, kernel, 1) -> one (1, 1, hidden) per shift
+        weights = [*mx.split(self.conv.weight.T, self.kernel_size, axis=1)]
+        shifted = self._shifted(before * x, cache)
+        return self.out_proj(gated_sum(after, shifted, weights, self.conv.get("bias")))
 
-    def _convolve(self, x: mx.array, cache: ConvCache | None) -> mx.array:
-        """A sum of shifted inputs, each times its weight: (batch, tokens, hidden)."""
+    def _shifted(self, x: mx.array, cache: ConvCache | None) -> list[mx.array]:
+        """What each weight is for: inputs that come before x, and x itself, all in its shape."""
         batch, length, hidden = x.shape
         keep = self.kernel_size - 1
-        state = cache.inputs if cache is not None else None
-        if state is None:
-            state = mx.zeros((batch, keep, hidden), x.dtype)
-        if length == 1:  # of the inputs already kept, none has to be copied
-            shifted = [*mx.split(state, keep, axis=1), x]
+        state = cache.arrays if cache is not None else []
+        if not state:
+            state = [mx.zeros((batch, 1, hidden), x.dtype)] * keep
+        if length == 1:  # nothing is joined: all of it becomes one kernel
+            shifted = [*state, x]
+            kept = shifted[1:]
         else:
-            padded = mx.concatenate([state, x], axis=1)
+            padded = mx.concatenate([*state, x], axis=1)
             shifted = [padded[:, i : i + length] for i in range(self.kernel_size)]
+            # taken, not sliced: a slice would keep the whole of x alive
+            last = mx.take(padded, mx.arange(length, length + keep), axis=1)
+            kept = [*mx.split(last, keep, axis=1)]
         if cache is not None:
-            # joined, not sliced: a slice would keep the whole of x alive
-            kept = shifted[1:] if length == 1 else [state[:, length:], x[:, -keep:]]
-            cache.inputs = mx.concatenate(kept, axis=1)
+            cache.arrays = kept
             cache.offset += length
-        # (hidden, kernel, 1) -> one (1, 1, hidden) per shift
-        weights = mx.split(self.conv.weight.T, self.kernel_size, axis=1)
-        out = sum(map(mx.multiply, shifted[1:], weights[1:]), shifted[0] * weights[0])
-        return out + self.conv.bias if "bias" in self.conv else out
+        return shifted
 
 
-class Lfm2MLP(nn.Module):
+class Lfm2MLP(JointProjections):
     """SwiGLU feed-forward."""
+
+    TOGETHER = ("w1", "w3")
 
     def __init__(self, config: Lfm2Config) -> None:
         super().__init__()
@@ -184,9 +191,8 @@ class Lfm2MLP(nn.Module):
         self.w2 = nn.Linear(config.feed_forward_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        # two axes: with three, MLX joins and parts them again around each of the projections
-        flat = x.reshape(-1, x.shape[-1])
-        return self.w2(swiglu(self.w1(flat), self.w3(flat))).reshape(x.shape)
+        gate, up = self.project(x)
+        return self.w2(swiglu(gate, up)).reshape(x.shape)
 
 
 class Lfm2DecoderLayer(nn.Module):

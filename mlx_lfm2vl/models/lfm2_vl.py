@@ -206,7 +206,7 @@ class Lfm2VlModel(nn.Module):
         )
         groups: list[tuple[int, mx.array, mx.array]] = []
         start = 0
-        for views, (rows, cols) in group_views(shapes):
+        for views, (rows, cols) in group_views(shapes, self.vision_tower.patches_per_group):
             stop = start + views * rows * cols
             group = mx.array(pixel_values[start:stop])
             if groups:

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
 Array = Union[mx.array, "np.ndarray[Any, Any]"]
 
-# Views go through the encoder in groups of at most this many patches, one tile of 512x512, so
-# that memory does not grow with their number
-MAX_PATCHES_PER_GROUP = 1024
+# one tile of 512x512; a large GPU may like more at once, which `benchmark` can find out
+PATCHES_PER_GROUP = 1024
 
 
 class Siglip2VisionOutput(NamedTuple):
@@ -152,13 +151,19 @@ class Siglip2Encoder(nn.Module):
 
 
 class Siglip2VisionModel(nn.Module):
-    """Packed patches of many views to packed features."""
+    """Packed patches of many views to packed features.
+
+    Attributes:
+        patches_per_group: views go through the encoder in groups of at most so many patches, so
+            that memory does not grow with their number.
+    """
 
     def __init__(self, config: Siglip2VisionConfig) -> None:
         super().__init__()
         self.embeddings = Siglip2VisionEmbeddings(config)
         self.encoder = Siglip2Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.patches_per_group = PATCHES_PER_GROUP
 
     def __call__(
         self,
@@ -175,7 +180,7 @@ class Siglip2VisionModel(nn.Module):
         features: list[mx.array] = []
         hidden_states: list[list[mx.array]] = []
         start = 0
-        for views, (rows, cols) in group_views(spatial_shapes):
+        for views, (rows, cols) in group_views(spatial_shapes, self.patches_per_group):
             stop = start + views * rows * cols
             group = pixel_values[start:stop]
             outputs = self._encode(group.reshape(views, rows * cols, -1), rows, cols)
@@ -196,7 +201,7 @@ class Siglip2VisionModel(nn.Module):
 
 
 def group_views(
-    spatial_shapes: Sequence[tuple[int, int]], max_patches: int = MAX_PATCHES_PER_GROUP
+    spatial_shapes: Sequence[tuple[int, int]], max_patches: int
 ) -> Iterator[tuple[int, tuple[int, int]]]:
     """Yields (number of views, shape) for neighbouring views of one shape, in bounded groups."""
     for (rows, cols), same in groupby(spatial_shapes):

@@ -166,4 +166,5 @@ def refusal(name: str, message: str) -> PromptError:
     lines = (
         (parts[-1].splitlines() or [message])[:1] if len(parts) > 1 else message.splitlines()[:2]
     )
-    return PromptError(f"{name} cannot be used: {' '.join(' '.join(lines).split()):.300}")
+    told = " ".join(" ".join(lines).replace("<non-verbose/>", "").split())
+    return PromptError(f"{name} cannot be used: {told:.300}")

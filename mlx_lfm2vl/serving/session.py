@@ -11,7 +11,7 @@ from ..errors import PromptError
 from ..generation.answer import GenerationResponse
 from ..generation.asking import scores, value_of
 from ..generation.engine import AnswerRow, Engine
-from ..generation.generate import run, wired_limit
+from ..generation.generate import run
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..options import CacheOptions, ImageOptions
 from ..prompts.image_processor import NO_OPTIONS, ImageInput
@@ -172,8 +172,7 @@ class Session(Talk):
         engine = self._engine()
         stop = prompt.prepare(self.processor).images[-1].stop
         row = engine.add(prompt, read_only=stop)
-        with wired_limit(self.model):
-            list(run(engine, row))
+        list(run(engine, row))
         self.usage = Usage.of(row)
         self.pending = [*self.pending, processed]
 
@@ -198,8 +197,7 @@ class Session(Talk):
 
     def choose(self, question: str, options: Sequence[str]) -> dict[str, float]:
         """How probable each of some answers is; see `generation.asking.choose`."""
-        with wired_limit(self.model):
-            return scores(self._engine(), self.question(question), options)
+        return scores(self._engine(), self.question(question), options)
 
     def send(self, message: str, **settings: Unpack[AnswerSettings]) -> str:
         """A turn of the conversation: message and answer become part of it.
@@ -253,12 +251,11 @@ class Session(Talk):
 
     def _stream(self, question: Question, keep: bool) -> Iterator[GenerationResponse]:
         pieces: list[str] = []
-        with wired_limit(self.model):
-            engine = self._engine()
-            row = engine.add(question, keep_answer=keep)
-            for response in run(engine, row):
-                pieces.append(response.text)
-                yield response
+        engine = self._engine()
+        row = engine.add(question, keep_answer=keep)
+        for response in run(engine, row):
+            pieces.append(response.text)
+            yield response
         self.usage = Usage.of(row)
         if keep:
             self.take(question, "".join(pieces))

@@ -22,7 +22,7 @@ import mlx.core as mx
 from ..errors import Lfm2VlError
 from ..generation.answer import GenerationResponse
 from ..generation.engine import AnswerRow, Engine, Event
-from ..generation.generate import wired_limit
+from ..generation.memory import memory_limits
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..prompts.processor import Lfm2VlProcessor, Prompt
 from ..prompts.question import Question
@@ -150,12 +150,9 @@ class EngineThread(threading.Thread):
         model, processor = load()
         self.loaded.set()
         engine = Engine(model, processor, max_rows=self.batch_size, prefixes=self.prefixes)
-        with wired_limit(model):
+        with memory_limits(model):
             while True:
                 idle = not self.active and not any(_is_ready(job) for job in self.waiting)
-                if idle:
-                    mx.synchronize()  # the step that was under way gives its memory back, too
-                    mx.clear_cache()
                 if idle and self.ending and not self.waiting:
                     break
                 self._drain(wait=idle)

@@ -2,8 +2,8 @@
 
     python benchmarks/serving.py --model FOLDER --mlx-vlm-python OTHER_ENV/bin/python
 
-Each server runs alone, started anew. Both are asked by the same plain HTTP client, greedily:
-eight clients at once about one picture, a second question of one client, and one long answer.
+Both run all the time, take turns, and are asked by the same plain HTTP client, greedily: one
+answer alone, a second question of one client, and eight clients at once about one picture.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from mlx_lfm2vl.measuring.stages import made_picture
 
-CLIENTS, TOKENS, LONG = 8, 32, 64
+CLIENTS, TOKENS, LONG, ROUNDS = 8, 32, 32, 3
 PEER = "mlx-vlm"
 PATIENCE = 1200  # seconds
 
@@ -98,49 +98,60 @@ def see(url: str, text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": items}]
 
 
-def measure(client: Client) -> dict[str, float]:
-    """Seconds and tokens a second."""
-    long = client.ask([{"role": "user", "content": "Tell a long story."}], LONG)
-    turns = see(picture(420, 300), "What is in this image?")
-    first = client.ask(turns)
+def stream(client: Client) -> dict[str, float]:
+    answer = client.ask([{"role": "user", "content": "Tell a long story."}], LONG)
+    return {"one stream, tokens/s": (answer["tokens"] - 1) / (answer["last"] - answer["first"])}
+
+
+def turns(client: Client) -> dict[str, float]:
+    conversation = see(picture(420, 300), "What is in this image?")
+    first = client.ask(conversation)
     second = client.ask(see(picture(420, 300), "What colours do you see?"))
-    turns += [{"role": "assistant", "content": first["text"]}]
-    turns += [{"role": "user", "content": "Which of them is the brightest?"}]
-    turn = client.ask(turns)
+    conversation += [{"role": "assistant", "content": first["text"]}]
+    conversation += [{"role": "user", "content": "Which of them is the brightest?"}]
+    return {
+        "first question to first token, s": first["first"],
+        "second question to first token, s": second["first"],
+        "second turn of a conversation to first token, s": client.ask(conversation)["first"],
+    }
+
+
+def crowd(client: Client) -> dict[str, float]:
     url, begun = picture(410, 310), time.perf_counter()
     with ThreadPoolExecutor(CLIENTS) as pool:
         questions = [f"Question {n}: what do you see?" for n in range(CLIENTS)]
         answers = list(pool.map(lambda text: client.ask(see(url, text)), questions))
-    total = time.perf_counter() - begun
     return {
-        f"{CLIENTS} clients, one picture, {TOKENS} tokens each, s": total,
+        f"{CLIENTS} clients, one picture, {TOKENS} tokens each, s": time.perf_counter() - begun,
         "- tokens": sum(answer["tokens"] for answer in answers),
         "- first token, median, s": statistics.median(answer["first"] for answer in answers),
-        "first question to first token, s": first["first"],
-        "second question to first token, s": second["first"],
-        "second turn of a conversation to first token, s": turn["first"],
-        "one stream, tokens/s": (long["tokens"] - 1) / (long["last"] - long["first"]),
     }
+
+
+STAGES = {"stream": (stream, ROUNDS), "turns": (turns, 1), "crowd": (crowd, 1)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--mlx-vlm-python", help="Python of an environment with mlx-vlm")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     args = parser.parse_args()
-    found = {}
     rivals = {"mlx_lfm2vl": (sys.executable, "mlx_lfm2vl.serve")}
     if args.mlx_vlm_python:
         rivals[PEER] = (args.mlx_vlm_python, "mlx_vlm.server")
-    for name, (python, module) in rivals.items():
-        with serving(python, module, args.model) as client:
-            found[name] = measure(client)
-        print(name, json.dumps(found[name]), flush=True)
-    print("| |", " | ".join(found), "| ratio |")
-    for row, ours in found["mlx_lfm2vl"].items():
-        values = [each[row] for each in found.values()]
-        cells = " | ".join(f"{value:.3g}" for value in values)
-        print(f"| {row} | {cells} | {ours / values[-1]:.3g} |")
+    with ExitStack() as running:
+        clients = [running.enter_context(serving(*rival, args.model)) for rival in rivals.values()]
+        print("| |", " | ".join(rivals), "| ratio |")
+        for stage, rounds in (STAGES[name] for name in args.stages):
+            found = [[stage(client) for client in clients] for _ in range(rounds)]
+            for row in found[0][0]:
+                values = [
+                    statistics.median(each[rival][row] for each in found)
+                    for rival in range(len(clients))
+                ]
+                cells = " | ".join(f"{value:.3g}" for value in values)
+                print(f"| {row} | {cells} | {values[0] / values[-1]:.3g} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Served:
     """
 
     def __init__(self, model="demo", **options):
-        self.log = []
+        self.log, self.clients = [], []
         self.service = Service(str(model), ServerOptions(port=0, **options))
         self.server = make_server(self.service, self.log.append)
         listening = _listen(self.service.options)
@@ -41,9 +41,10 @@ class Served:
         self.thread.start()
 
     def client(self, **options):
-        return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="any", **{"max_retries": 0, **options}
-        )
+        """A client that is closed with the server."""
+        options = {"max_retries": 0, "api_key": "any", **options}
+        self.clients.append(openai.OpenAI(base_url=f"{self.url}/v1", **options))
+        return self.clients[-1]
 
     def async_client(self, **options):
         return openai.AsyncOpenAI(
@@ -58,6 +59,8 @@ class Served:
 
     def stop(self):
         """A second signal, so that it ends at once."""
+        for client in self.clients:
+            client.close()
         for _ in range(2):
             self.server.handle_exit(15, None)
         self.thread.join(WAIT)

@@ -492,7 +492,7 @@ def test_a_key_where_one_is_given():
             assert answer.headers["www-authenticate"] == "Bearer"
         with pytest.raises(openai.AuthenticationError):
             served.client().models.list()
-        assert served.client().with_options(api_key="secret").models.list().data
+        assert served.client(api_key="secret").models.list().data
 
 
 def test_503_while_the_model_is_loaded(monkeypatch):

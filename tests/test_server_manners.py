@@ -210,6 +210,20 @@ def test_an_error_of_the_server_is_told_without_details(served, monkeypatch):
 # ---- the end
 
 
+@pytest.fixture
+def connect():
+    """Makes clients and closes them."""
+    clients = []
+
+    def make(url):
+        clients.append(openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.close()
+
+
 @contextmanager
 def program(*flags):
     """The command as a process, and its URL once it answers."""
@@ -225,9 +239,9 @@ def program(*flags):
         process.stderr.close()
 
 
-def test_sigterm_lets_answers_end():
+def test_sigterm_lets_answers_end(connect):
     with program("--context", "200000") as (process, url):
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        client = connect(url)
         stream = ask(client, stream=True, **{**ENDLESS, "max_tokens": 400})
         next(iter(stream))
         process.send_signal(signal.SIGTERM)
@@ -241,11 +255,11 @@ def test_sigterm_lets_answers_end():
         assert not any("Traceback" in line for line in lines)
 
 
-def test_sigterm_does_not_wait_for_ever():
+def test_sigterm_does_not_wait_for_ever(connect):
     with program("--context", "200000", "--timeout-graceful", "0.3", "--log-json") as (
         process, url,
     ):  # fmt: skip
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        client = connect(url)
         stream = ask(client, stream=True, **ENDLESS)
         next(iter(stream))
         process.send_signal(signal.SIGTERM)
@@ -256,9 +270,9 @@ def test_sigterm_does_not_wait_for_ever():
             assert json.loads(line)["status"] in (200, 503)
 
 
-def test_a_second_signal_ends_at_once():
+def test_a_second_signal_ends_at_once(connect):
     with program("--context", "200000", "--timeout-graceful", "1000") as (process, url):
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        client = connect(url)
         stream = ask(client, stream=True, **ENDLESS)
         next(iter(stream))
         process.send_signal(signal.SIGINT)

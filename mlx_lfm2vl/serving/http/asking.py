@@ -21,6 +21,10 @@ SAMPLING: Mapping[str, tuple[type, ...]] = {
     "presence_penalty": (float,), "frequency_penalty": (float,),
     "xtc_probability": (float,), "xtc_threshold": (float,),
 }  # fmt: skip
+# the kinds of items in both protocols
+TEXTS = ("text", "input_text", "output_text", "refusal")
+IMAGES = ("image_url", "input_image")
+SEEING = ("user", "tool")  # roles
 # what changes nothing of an answer, and what there is only one way to do here
 HARMLESS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 FIXED: Mapping[str, tuple[Any, ...]] = {
@@ -122,6 +126,43 @@ def read_image(url: Any, detail: Any, options: ImageOptions, param: str) -> dict
         raise refused(f"{param}.detail", f"must be one of {', '.join(DETAILS)}", detail)
     part = ImagePart(url, options, detail or "auto", param)
     return {"type": "image", "image": part}
+
+
+def read_content(
+    given: Fields, name: str, content: Any, role: str, options: ImageOptions
+) -> str | list[dict[str, Any]]:
+    """What a message says: a text, or items of which one or more are images."""
+    if isinstance(content, str):
+        return content
+    items = [
+        _item(Fields(item, f"{given.name(name)}[{place}]"), role, options)
+        for place, item in enumerate(content)
+    ]
+    if any(item["type"] == "image" for item in items):
+        return items
+    return "".join(item["text"] for item in items)
+
+
+def _item(given: Fields, role: str, options: ImageOptions) -> dict[str, Any]:
+    kind = given.need("type", str)
+    if kind in TEXTS:
+        item = {"type": "text", "text": given.need("refusal" if kind == "refusal" else "text", str)}
+        given.only(annotations=([],), logprobs=([],))
+    elif kind in IMAGES and role in SEEING:
+        given.only(file_id=())
+        url, detail = given.need("image_url", str, dict), given.get("detail", str)
+        if isinstance(url, dict):
+            inner = Fields(url, given.name("image_url"))
+            url, detail = inner.need("url", str), inner.get("detail", str)
+            inner.end()
+        item = read_image(url, detail, options, given.name("image_url"))
+    else:
+        raise HttpError(
+            400, f"{given.name('type')} {kind!r:.50} is not supported in a message of the {role}",
+            given.name("type"), "unsupported_parameter",
+        )  # fmt: skip
+    given.end()
+    return item
 
 
 def read_stream(given: Fields) -> tuple[bool, bool]:

@@ -13,16 +13,16 @@ from .asking import (
     Ask,
     read_bias,
     read_common,
+    read_content,
     read_count,
     read_form,
-    read_image,
     read_image_options,
     read_sampling,
     read_stop,
     read_stream,
     read_tools,
 )
-from .errors import HttpError, refused
+from .errors import refused
 from .fields import Fields
 from .running import Choice, Delta, Run, Update
 
@@ -104,13 +104,7 @@ def _message(given: Fields, image_options: ImageOptions) -> dict[str, Any]:
         content = content or ""
     if content is None:
         raise refused(given.name("content"), "is missing")
-    if isinstance(content, list):
-        items = [
-            _item(Fields(item, f"{given.name('content')}[{place}]"), role, image_options)
-            for place, item in enumerate(content)
-        ]
-        has_images = any(item["type"] == "image" for item in items)
-        content = items if has_images else "".join(item["text"] for item in items)
+    content = read_content(given, "content", content, role, image_options)
     given.end()
     return {"role": "system" if role == "developer" else role, "content": content, **more}
 
@@ -124,28 +118,6 @@ def _call(given: Fields) -> dict[str, Any]:
     function.end()
     given.end()
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def _item(given: Fields, role: str, image_options: ImageOptions) -> dict[str, Any]:
-    kind = given.need("type", str)
-    if kind == "image_url":
-        if role not in ("user", "tool"):
-            raise refused(given.path, f"is an image of the {role}; only users show any")
-        url, detail = given.need("image_url", str, dict), given.get("detail", str)
-        if isinstance(url, dict):
-            inner = Fields(url, given.name("image_url"))
-            url, detail = inner.need("url", str), inner.get("detail", str)
-            inner.end()
-        item = read_image(url, detail, image_options, given.name("image_url"))
-    elif kind in ("text", "refusal"):
-        item = {"type": "text", "text": given.need(kind, str)}
-    else:
-        raise HttpError(
-            400, f"{given.name('type')} {kind!r:.50} is not supported; text and image_url are",
-            given.name("type"), "unsupported_parameter",
-        )  # fmt: skip
-    given.end()
-    return item
 
 
 class ChatWriter:

@@ -13,9 +13,9 @@ from .asking import (
     MAX_TOP_LOGPROBS,
     Ask,
     read_common,
+    read_content,
     read_count,
     read_form,
-    read_image,
     read_image_options,
     read_sampling,
     read_stop,
@@ -27,7 +27,6 @@ from .fields import Fields
 from .running import Delta, Run, Update
 
 INCLUDED = ("message.output_text.logprobs", "reasoning.encrypted_content")  # there is no reasoning
-TEXTS = ("input_text", "output_text", "text", "refusal")
 
 
 def read_responses(body: Any) -> Ask:
@@ -114,7 +113,7 @@ def _input(given: Fields, image_options: ImageOptions) -> dict[str, Any]:
     if kind == "function_call_output":
         given.need("call_id", str)
         output = given.need("output", str, list)
-        content = read_content(given, output, "output", "tool", image_options)
+        content = read_content(given, "output", output, "tool", image_options)
         given.end()
         return {"role": "tool", "content": content}
     if kind != "message":
@@ -126,38 +125,9 @@ def _input(given: Fields, image_options: ImageOptions) -> dict[str, Any]:
     if role not in ("system", "developer", "user", "assistant"):
         right = "must be system, developer, user or assistant"
         raise refused(given.name("role"), right, role)
-    content = read_content(given, given.need("content", str, list), "content", role, image_options)
+    content = read_content(given, "content", given.need("content", str, list), role, image_options)
     given.end()
     return {"role": "system" if role == "developer" else role, "content": content}
-
-
-def read_content(
-    given: Fields, content: Any, name: str, role: str, image_options: ImageOptions
-) -> Any:
-    """A text, or items of which one or more are images."""
-    if isinstance(content, str):
-        return content
-    items: list[dict[str, Any]] = []
-    for place, value in enumerate(content):
-        item = Fields(value, f"{given.name(name)}[{place}]")
-        kind = item.need("type", str)
-        if kind in TEXTS:
-            text = item.need("refusal" if kind == "refusal" else "text", str)
-            item.only(annotations=([],), logprobs=([],))
-            items.append({"type": "text", "text": text})
-        elif kind == "input_image" and role in ("user", "tool"):
-            item.only(file_id=())
-            url, detail = item.need("image_url", str), item.get("detail", str)
-            items.append(read_image(url, detail, image_options, item.name("image_url")))
-        else:
-            raise HttpError(
-                400, f"{item.name('type')} {kind!r:.50} is not supported for the {role}",
-                item.name("type"), "unsupported_parameter",
-            )  # fmt: skip
-        item.end()
-    if any(item["type"] == "image" for item in items):
-        return items
-    return "".join(item["text"] for item in items)
 
 
 class ResponsesWriter:

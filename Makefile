@@ -14,8 +14,8 @@ FOUND := $(if $(VERSION),Python $(VERSION),no Python that runs)
 demo: $(VENV)/demo
 	$(BIN)/python -m mlx_lfm2vl.generate --model demo --image examples/demo/picture.png \
 		--prompt "What is in this image?"
-	$(BIN)/python examples/demo/detect.py --image examples/demo/picture.png \
-		--query "yellow square" "green cross" --output boxes.png
+	$(BIN)/python -m mlx_lfm2vl.detect --model demo --image examples/demo/picture.png \
+		--query "yellow square" "green cross" --draw boxes.png
 
 # an environment of another Python is made anew
 $(VENV)/python-$(VERSION):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .conversion.plan import convert
     from .conversion.recipes import Quantization
     from .errors import (
+        AnswerError,
         ConfigError,
         ConvertError,
         DataError,
@@ -26,9 +27,21 @@ if TYPE_CHECKING:
         WeightsError,
     )  # fmt: skip
     from .generation.answer import GenerationResponse
+    from .generation.asking import ask_json, choose
     from .generation.batch import BatchResult, batch_generate, stream_batch
     from .generation.engine import Engine
     from .generation.generate import generate, stream_generate
+    from .generation.grounding import (
+        Block,
+        Box,
+        detect,
+        draw,
+        extract,
+        layout,
+        parse_boxes,
+        to_coco,
+        to_supervision,
+    )  # fmt: skip
     from .models.config import Lfm2VlConfig
     from .models.lfm2_vl import (
         Lfm2VlForConditionalGeneration,
@@ -38,9 +51,12 @@ if TYPE_CHECKING:
         Lfm2VlOutput,
     )
     from .options import CacheOptions, ImageOptions, ImageProcessorConfig, Sampling
+    from .prompts.constraint import Constraint
     from .prompts.image_processor import Lfm2VlImageProcessor
     from .prompts.processor import Lfm2VlProcessor, Prompt
     from .prompts.question import Question
+    from .prompts.tool_calls import ToolCall, parse_calls
+    from .prompts.tool_grammar import function_schema
     from .serving.pending import AnswerCancelled, PendingAnswer
     from .serving.prefixes import PrefixStore
     from .serving.session import Session, Usage
@@ -57,19 +73,25 @@ _EXPORTS = {
         "conversion.fuse": "fuse",
         "conversion.plan": "convert",
         "conversion.recipes": "Quantization",
-        "errors": "ConfigError ConvertError DataError ImageError Lfm2VlError ModelNotFoundError "
-        "PromptError SnapshotError TrainError WeightsError",
+        "errors": "AnswerError ConfigError ConvertError DataError ImageError Lfm2VlError "
+        "ModelNotFoundError PromptError SnapshotError TrainError WeightsError",
         "generation.answer": "GenerationResponse",
+        "generation.asking": "ask_json choose",
         "generation.batch": "BatchResult batch_generate stream_batch",
         "generation.engine": "Engine",
         "generation.generate": "generate stream_generate",
+        "generation.grounding": "Block Box detect draw extract layout parse_boxes to_coco "
+        "to_supervision",
         "models.config": "Lfm2VlConfig",
         "models.lfm2_vl": "Lfm2VlForConditionalGeneration Lfm2VlImageOutput Lfm2VlModel "
         "Lfm2VlModelOutput Lfm2VlOutput",
         "options": "CacheOptions ImageOptions ImageProcessorConfig Sampling",
+        "prompts.constraint": "Constraint",
         "prompts.image_processor": "Lfm2VlImageProcessor",
         "prompts.processor": "Lfm2VlProcessor Prompt",
         "prompts.question": "Question",
+        "prompts.tool_calls": "ToolCall parse_calls",
+        "prompts.tool_grammar": "function_schema",
         "serving.pending": "AnswerCancelled PendingAnswer",
         "serving.prefixes": "PrefixStore",
         "serving.session": "Session Usage",

@@ -25,6 +25,10 @@ class PromptError(Lfm2VlError, ValueError):
     """A prompt, a conversation or a generation setting makes no sense."""
 
 
+class AnswerError(Lfm2VlError, ValueError):
+    """An answer does not hold what was asked for, such as a tool call or a JSON object."""
+
+
 class ConvertError(Lfm2VlError, ValueError):
     """A checkpoint cannot be converted as asked, or the output has no place."""
 

@@ -360,20 +360,3 @@ def test_the_demo_model_warns_of_photographs(image, lines, run):
 
 def test_other_models_know_photographs(run):
     assert run("--image", PHOTOS[0], "-p", "What?", "-m", 2)[1] == ""
-
-
-def test_detect_fails_in_one_line(tmp_path):
-    def detect(image, query, output):
-        command = [sys.executable, EXAMPLES / "demo" / "detect.py", "--image", image]
-        run = subprocess.run(
-            [*command, "--query", query, "--output", output], capture_output=True, text=True
-        )
-        return run.returncode, run.stderr.splitlines()
-
-    code, lines = detect(EXAMPLES / "photos" / "coffee.png", "star", tmp_path / "boxes.png")
-    assert (code, len(lines)) == (1, 2)
-    assert "looks like a photograph" in lines[0]
-    assert "the answer is no list of boxes" in lines[1]
-    code, lines = detect(DRAWING, "yellow square", tmp_path / "no" / "boxes.png")
-    assert (code, len(lines)) == (1, 1)
-    assert "No such file or directory" in lines[0]

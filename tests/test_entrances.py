@@ -12,6 +12,7 @@ from PIL import Image
 
 from mlx_lfm2vl import (
     CacheOptions,
+    Constraint,
     ImageOptions,
     Lfm2VlError,
     Question,
@@ -29,7 +30,16 @@ from .checkpoints.pictures import picture
 from .helpers import FIXTURES
 
 TOOLS = [{"name": "f", "description": "It does.", "parameters": {}}]
+COUNT = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+NUMBERS = [*TOOLS, {"name": "count", "parameters": COUNT}]
+ODD = [*TOOLS, {"name": "odd", "parameters": {"properties": {"x": {"not": {}}}}}]
 RED = picture(60, 40, 1)
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 9}, "n": {"type": "number"}},
+    "required": ["name", "n"],
+}
+SCHEMA_TEXT = json.dumps(SCHEMA)
 
 
 @dataclass
@@ -115,6 +125,34 @@ CASES = [
     setting("seed", "x", fails="seed is 'x'"),
     setting("tools", TOOLS),
     setting("tools", "f", fails="tools is 'f'; it must be a list"),
+    setting("tools", ["f"], fails="tool 'f' has no name"),
+    setting("tools", ODD, "--tools", "odd.json", fails="tool odd cannot be used: Unimplemented"),
+    setting("tools", NUMBERS, "--tools", "numbers.json", "-m", "30", max_tokens=30),
+    *(
+        setting(
+            "tool_choice", choice, "--tools", "numbers.json", "--tool-choice", choice, "-m", "30",
+            tools=NUMBERS, max_tokens=30,
+        )
+        for choice in ("none", "auto", "required", "count")
+    ),
+    setting(
+        "tool_choice", "any", "--tools", "numbers.json", "--tool-choice", "any", tools=NUMBERS,
+        fails="tool_choice is 'any'; it must be one of none, auto, required, f, count",
+    ),
+    setting(
+        "tool_choice", "required", "--tool-choice", "required",
+        fails="tool_choice 'required' needs tools",
+    ),
+    setting(
+        "tools", NUMBERS, "--tools", "numbers.json", "--regex", "a", regex="a",
+        fails="regex and tools exclude each other; give one of them",
+    ),
+    Case(
+        "tools and image", images=RED,
+        settings={"tools": NUMBERS, "tool_choice": "required", "max_tokens": 30},
+        flags=("--image", "red.png", "--tools", "numbers.json", "--tool-choice", "required",
+               "-m", "30"),
+    ),
     setting("image_options", {"tile_size": 32}, fails="image_options is {'tile_size': 32}"),
     setting("cache_options", CacheOptions(200, 10), "--max-kv-size", "200", "--keep", "10"),
     setting("cache_options", CacheOptions(400), "--max-kv-size", "400"),
@@ -130,6 +168,30 @@ CASES = [
     Case(
         "logits_processors", flags=None,
         settings={"logits_processors": [lambda tokens, logits: logits * 0.5]},
+    ),
+    setting("schema", SCHEMA, "--json-schema", SCHEMA_TEXT, "-m", "80", max_tokens=80),
+    setting("schema", SCHEMA_TEXT, "--json-schema", SCHEMA_TEXT, "-m", "22", max_tokens=22),
+    setting("schema", SCHEMA, max_tokens=30, close=False, temperature=3.0),
+    setting("schema", True, "--json-schema", "true", "-m", "40", max_tokens=40),
+    setting("schema", False, fails="schema is False; it must be"),
+    setting("schema", {"not": {}}, "--json-schema", '{"not": {}}', fails="Unimplemented keys"),
+    setting("schema", "no.json", "--json-schema", "no.json", fails="no.json cannot be read"),
+    setting("regex", "[a-f]{3}-x", "--regex", "[a-f]{3}-x", "-m", "20", max_tokens=20),
+    setting("regex", "(", "--regex", "(", fails="regex cannot be used: unclosed group"),
+    setting("choice", ["yes", "no, not"], "--choice", "yes", "no, not", "-m", "20", max_tokens=20),
+    setting("choice", ["a", ""], "--choice", "a", "", fails="choice is"),
+    setting("grammar", 'start: "a" /[xy]{4}/', max_tokens=20),
+    setting("grammar", "start: b", fails='unknown name: "b"'),
+    setting("regex", "a", "--regex", "a", "--choice", "b", choice=["b"], fails="exclude each"),
+    setting("close", True, fails="close is True; it must be left out without"),
+    setting("constraint", Constraint("choice", ("yes", "no"))),
+    Case(
+        "schema and image", images=RED, settings={"schema": SCHEMA, "max_tokens": 80},
+        flags=("--image", "red.png", "--json-schema", SCHEMA_TEXT, "-m", "80"),
+    ),
+    Case(
+        "wrong schema and image", images=RED, settings={"schema": "{"}, fails="schema is no JSON",
+        flags=("--image", "red.png", "--json-schema", "{"),
     ),
     Case("image before", images=RED, flags=("--image", "red.png")),
     Case("two images", images=[RED, picture(50, 70, 2)], flags=None),
@@ -217,6 +279,8 @@ PYTHON = (by_generate, by_stream, by_question, by_batch)
 def test_entrances_agree(case, parts, worker, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(np.asarray(RED)).save("red.png")
+    for name, tools in (("numbers", NUMBERS), ("odd", ODD)):
+        Path(f"{name}.json").write_text(json.dumps(tools))
     settings = DEFAULTS | case.settings
     found = {
         ask.__name__: outcome(lambda ask=ask: ask(parts, case.prompt, case.images, settings))

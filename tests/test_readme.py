@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx2
 import pytest
 from PIL import Image
 
 from mlx_lfm2vl import Quantization, convert
 
 from .checkpoints.pictures import picture
+from .serving import serving, until
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,9 +40,11 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [name for name in PAGES if "```python" in PAGES[name]])
 def test_python_blocks_run_in_order(page, folder, fixtures, capsys):
     names = {}
-    for block in (block for kind, block in BLOCKS[page] if kind == "python"):
-        code = block.replace(DEFAULT_MODEL, str(fixtures / "v5"))
-        exec(compile(code, "README.md", "exec"), names)
+    with serving(fixtures / "v5") as served:
+        for block in (block for kind, block in BLOCKS[page] if kind == "python"):
+            code = block.replace(DEFAULT_MODEL, str(fixtures / "v5"))
+            code = code.replace("http://127.0.0.1:8080", served.url)
+            exec(compile(code, "README.md", "exec"), names)
     assert capsys.readouterr().out
 
 
@@ -59,10 +63,26 @@ COMMANDS = list(dict.fromkeys(line for page in PAGES for line in commands(page))
 
 # run as they stand in test_demo.py
 NEW_WORD = [line for line in COMMANDS if "heart" in line]
+SERVE = [line for line in COMMANDS if "mlx_lfm2vl.serve" in line]
+
+
+@pytest.mark.parametrize("line", SERVE)
+def test_servers_answer_until_they_are_told_to_end(line):
+    words = line.replace("python -m", f"exec {sys.executable} -m")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "BROWSER": "true"}
+    server = subprocess.Popen(
+        f"{words} --model demo --port 0", shell=True, stderr=subprocess.PIPE, text=True,
+        env=environment,
+    )  # fmt: skip
+    port = re.search(r":(\d+) ", server.stderr.readline())[1]
+    until(lambda: httpx2.get(f"http://127.0.0.1:{port}/health").status_code == 200)
+    server.terminate()
+    assert server.wait(30) == 0
+    server.stderr.close()
 
 
 @pytest.mark.parametrize(
-    "line", [line for line in COMMANDS if "python -m" in line and line not in NEW_WORD]
+    "line", [line for line in COMMANDS if "python -m" in line and line not in (*NEW_WORD, *SERVE)]
 )
 def test_commands_run(line, folder, fixtures):
     """As they stand, but for the model and the length of endless answers."""
@@ -76,8 +96,9 @@ def test_commands_run(line, folder, fixtures):
     elif "doctor" in line:
         line = line.replace("python -m", f"{sys.executable} -m", 1)
     else:
+        more = "" if "detect" in line else " -m 200"
         line = re.sub(
-            r"python -m (\S+)", rf"{sys.executable} -m \1 --model {fixtures / 'v5'} -m 200", line
+            r"python -m (\S+)", rf"{sys.executable} -m \1 --model {fixtures / 'v5'}{more}", line
         )
     (folder / "photos").mkdir()
     (folder / "photos" / "a.jpg").write_bytes((folder / "photo.jpg").read_bytes())

@@ -25,6 +25,7 @@ from mlx_lfm2vl import (
 )
 from mlx_lfm2vl.generation.decoding import DecodeStep
 from mlx_lfm2vl.generation.memory import CACHE_LIMIT
+from mlx_lfm2vl.serving.pending import news
 
 from .checkpoints.pictures import picture
 from .helpers import WAIT, Gate, load_v5
@@ -117,6 +118,54 @@ def test_responses_in_order_and_again(worker):
 def test_logprobs_may_be_used_in_the_callers_thread(worker):
     for response in worker.submit("Hello", max_tokens=3, temperature=0, logprobs=True):
         assert mx.argmax(response.logprobs).item() == response.token
+
+
+def test_a_look_at_each_response_in_the_workers_thread(worker):
+    seen = []
+
+    def look(response):
+        name = threading.current_thread().name
+        seen.append((name, response.token, response.logprobs[response.token].item()))
+
+    answer = worker.submit("What?", max_tokens=3, temperature=0, look=look)
+    answer.result(WAIT)
+    assert [token for _, token, _ in seen] == [r.token for r in answer.responses]
+    assert {name for name, _, _ in seen} == {"mlx_lfm2vl.Worker"}
+    assert all(logprob <= 0 for *_, logprob in seen)
+
+
+def test_a_look_that_fails_ends_its_answer_alone(worker):
+    other = worker.submit("What?", max_tokens=5, temperature=0)
+    wrong = worker.submit("What?", max_tokens=100, look=lambda response: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        wrong.result(WAIT)
+    assert other.result(WAIT) == worker.submit("What?", max_tokens=5, temperature=0).result(WAIT)
+    assert worker.active == 0
+
+
+def test_news_of_several_answers_come_together(worker):
+    async def main():
+        answers = [worker.submit(f"What? {n}", max_tokens=4, temperature=0) for n in range(3)]
+        found = [[], [], []]
+        async for some in news(answers):
+            for place, responses in some:
+                found[place] += responses
+        assert found == [answer.responses for answer in answers]
+
+    asyncio.run(main())
+
+
+def test_who_waits_for_several_and_is_cancelled_cancels_all(worker, gate):
+    async def main():
+        gone = [worker.submit("What?", max_tokens=1000) for _ in range(2)]
+        task = asyncio.create_task(anext(news(gone)))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert all(answer.done for answer in gone)
+
+    asyncio.run(main())
 
 
 def test_asyncio(worker):

@@ -20,11 +20,13 @@ from ..serving.folder import SUFFIXES, Counts, Lines, Task, answer_all, find_ima
 from .options import (
     add_adapters,
     add_answer,
+    add_constraint,
     add_image_options,
     add_images,
     add_model,
     add_prompt,
     add_sampling,
+    constraint_from,
     model_from,
     options_from,
     path,
@@ -87,6 +89,7 @@ def build_parser() -> Parser:
     )
     add_sampling(parser)
     add_image_options(parser)
+    add_constraint(parser)
     return parser
 
 
@@ -121,6 +124,7 @@ def _task(args: argparse.Namespace) -> Task:
     if not args.prompt.strip():
         raise PromptError("the prompt is empty; ask something")
     model = model_from(args)
+    constraint, tools = constraint_from(args)
     return Task(
         model=str(Path(model).resolve()) if os.path.isdir(model) else model,
         revision=args.revision,
@@ -133,6 +137,8 @@ def _task(args: argparse.Namespace) -> Task:
         seed=args.seed,
         sampling=options_from(args, Sampling),
         image_options=options_from(args, ImageOptions),
+        constraint=constraint,
+        tools=tools,
     )
 
 

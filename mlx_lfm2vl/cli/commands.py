@@ -11,7 +11,9 @@ from .terminal import Parser, make_parser, run_command
 
 COMMANDS = {
     "generate": "answer a question about images, or talk with --chat",
+    "detect": "find things in images: boxes with scores, drawn or as JSON",
     "batch": "ask the same about a folder of images",
+    "serve": "OpenAI's protocol over HTTP, and a page to ask about images",
     "convert": "convert and quantize a checkpoint, or compare conversions",
     "train": "fine-tune on conversations about images",
     "fuse": "work trained adapters into the weights",

@@ -16,11 +16,13 @@ from .options import (
     add_adapters,
     add_answer,
     add_cache_options,
+    add_constraint,
     add_image_options,
     add_images,
     add_model,
     add_prompt,
     add_sampling,
+    constraint_from,
     is_text,
     model_from,
     options_from,
@@ -30,7 +32,9 @@ from .terminal import Parser, make_parser, run_command, tell, write
 if TYPE_CHECKING:
     from ..generation.answer import GenerationResponse
     from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
+    from ..prompts.constraint import Constraint
     from ..prompts.processor import Lfm2VlProcessor, Prompt
+    from ..prompts.question import Tools
 
 PHOTOGRAPH_BITS = 6.0  # entropy of 32 x 32 grey pixels: drawings stay below 5.5, photos above 6.4
 EPILOG = """\
@@ -68,6 +72,7 @@ def build_parser() -> Parser:
     )
     add_sampling(parser)
     add_image_options(parser)
+    add_constraint(parser)
     add_cache_options(parser)
     return parser
 
@@ -83,16 +88,17 @@ def run(args: argparse.Namespace) -> None:
     image_options = options_from(args, ImageOptions)
     cache_options = options_from(args, CacheOptions)
     sampling = options_from(args, Sampling)  # a wrong value is told before the model is loaded
+    constraint, tools = constraint_from(args)
     if args.chat:
-        _chat(args, image_options, cache_options)
+        _chat(args, image_options, cache_options, constraint, tools)
         return
     messages = _messages(args)
     images = [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
 
     from ..generation.generate import stream_generate
 
-    model, processor, notice = _load(args)
-    prompt = processor(messages, images, image_options=image_options)
+    model, processor, notice = load_model(args)
+    prompt = processor(messages, images, tools=tools, image_options=image_options)
     for image in images:
         notice(image)
     if args.verbose:
@@ -107,9 +113,10 @@ def run(args: argparse.Namespace) -> None:
         cache_options=cache_options,
         measure_vision=args.verbose or args.json,
         sampling=sampling,
+        constraint=constraint,
     )
     if args.json:
-        last = _print_json(model_from(args), processor, prompt, sampling, responses)
+        last = _print_json(model_from(args), processor, prompt, sampling, responses, constraint)
     else:
         last = _print_text(responses)
     if args.verbose:
@@ -120,6 +127,8 @@ def _chat(
     args: argparse.Namespace,
     image_options: ImageOptions,
     cache_options: CacheOptions,
+    constraint: Constraint | None,
+    tools: Tools | None,
 ) -> None:
     if args.json or "-" in (args.prompt, *args.image):
         raise PromptError("--chat reads standard input itself, without --json and -")
@@ -127,15 +136,20 @@ def _chat(
     from ..serving.session import Session
     from .chat import SETTINGS, Chat
 
-    model, processor, notice = _load(args)
+    model, processor, notice = load_model(args)
     session = Session(
-        model, processor, args.system, image_options=image_options, cache_options=cache_options
+        model,
+        processor,
+        args.system,
+        tools=tools,
+        image_options=image_options,
+        cache_options=cache_options,
     )
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"constraint": constraint}
     Chat(session, settings, args.verbose, notice).run(args.image, args.prompt)
 
 
-def _load(
+def load_model(
     args: argparse.Namespace,
 ) -> tuple[Lfm2VlForConditionalGeneration, Lfm2VlProcessor, Callable[[Any], None]]:
     """Model, processor, and what says that the demo model cannot know an image."""
@@ -220,16 +234,20 @@ def _print_json(
     prompt: Prompt,
     sampling: Sampling,
     responses: Iterator[GenerationResponse],
+    constraint: Constraint | None,
 ) -> GenerationResponse:
-    text, tokens = "", []
+    text, tokens, calls = "", [], list[dict[str, Any]]()
     for response in responses:
         text += response.text
         tokens.append(response.token)
+        calls += [call.to_dict() for call in response.tool_calls]
     answer = {
         "model": model,
         "text": text,
         "tokens": tokens,
+        "tool_calls": calls,
         "finish_reason": response.finish_reason,
+        **({} if constraint is None else constraint.result(text, response.closed)),
         "prompt_tokens": response.prompt_tokens,
         "image_tokens": list(response.image_tokens),
         "image_views": [image.views for image in prompt.images],

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import fields
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from ..errors import PromptError
 from ..options import DEFAULT_MAX_TOKENS
+
+if TYPE_CHECKING:
+    from ..prompts.constraint import Constraint
+    from ..prompts.question import Tools
 
 T = TypeVar("T")
 DEFAULT_MODEL = "LiquidAI/LFM2.5-VL-450M"
@@ -235,6 +241,70 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="first position that --kv-bits stores so (default: 5000)",
     )
+
+
+def add_constraint(parser: argparse.ArgumentParser) -> None:
+    """Flags that keep answers to a form, tools among them."""
+    group = parser.add_argument_group("form of the answer (needs the extra json; one of these)")
+    group.add_argument(
+        "--json-schema",
+        metavar="FILE|-|TEXT",
+        help="answer with JSON of this schema; - reads it from standard input, true is any JSON",
+    )
+    group.add_argument(
+        "--regex",
+        type=text,
+        metavar="TEXT",
+        help="the whole answer matches this regular expression",
+    )
+    group.add_argument(
+        "--choice",
+        nargs="+",
+        action="extend",
+        type=text,
+        metavar="TEXT",
+        help="answer with one of these",
+    )
+    group.add_argument(
+        "--grammar", type=path, metavar="FILE", help="Lark grammar, in llguidance's variant"
+    )
+    group.add_argument(
+        "--tools", type=path, metavar="FILE", help="functions to call: their JSON schemas in a list"
+    )
+    group.add_argument(
+        "--tool-choice",
+        metavar="NAME",
+        help="none, auto, required, or the name of a tool (default: auto)",
+    )
+
+
+def constraint_from(args: argparse.Namespace) -> tuple[Constraint | None, Tools | None]:
+    """The form that the flags ask for, and the tools to show.
+
+    Raises:
+        PromptError: it makes no sense.
+    """
+    schema, grammar, tools = args.json_schema, args.grammar, args.tools
+    choices = (args.regex, args.choice, args.tool_choice)
+    if all(value is None for value in (schema, grammar, tools, *choices)):
+        return None, None  # and nothing more is loaded
+    from ..prompts.constraint import Constraint
+    from ..prompts.json_schema import read_text
+    from ..prompts.tool_grammar import read_tools
+
+    if schema == "-":
+        others = (getattr(args, "prompt", None), *getattr(args, "image", ()))
+        if "-" in others or getattr(args, "chat", False):
+            raise PromptError("standard input can be the schema, the prompt or an image, only one")
+        schema = sys.stdin.read()
+    if grammar is not None:
+        grammar = read_text("grammar", grammar)
+    if tools is not None:
+        tools = read_tools(tools)
+    found = Constraint.of(
+        schema, args.regex, args.choice, grammar, tools=tools, tool_choice=args.tool_choice
+    )
+    return found, None if args.tool_choice == "none" else tools
 
 
 def options_from(args: argparse.Namespace, kind: type[T]) -> T:

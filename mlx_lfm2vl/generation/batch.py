@@ -14,6 +14,7 @@ from ..options import Bound
 from ..prompts.messages import Conversation
 from ..prompts.processor import Lfm2VlProcessor, Prompt
 from ..prompts.question import Question
+from ..prompts.tool_calls import ToolCall
 from .engine import Engine, Row
 from .generate import as_question
 from .memory import memory_limits
@@ -34,6 +35,8 @@ class BatchResult:
         finish_reason: "stop" or "length".
         prompt_tokens: positions of the prompt.
         image_tokens: image tokens of each image.
+        closed: whether it is whole at its limit, see `GenerationResponse`.
+        tool_calls: what the answer calls; they stand in the text, too.
     """
 
     index: int
@@ -42,6 +45,8 @@ class BatchResult:
     finish_reason: str
     prompt_tokens: int
     image_tokens: tuple[int, ...]
+    closed: bool = False
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 def batch_generate(
@@ -84,20 +89,21 @@ def stream_batch(
     # all prompts are read before a step: nobody watches a single answer grow
     engine = Engine(model, processor, max_rows=batch_size, fair=False)
     waiting = enumerate(questions)
-    pieces: dict[Row, tuple[int, list[str]]] = {}
+    pieces: dict[Row, tuple[int, list[str], list[ToolCall]]] = {}
     with memory_limits(model):
         while True:
             while len(pieces) < batch_size and (following := next(waiting, None)) is not None:
                 index, question = following
-                pieces[engine.add(as_question(question))] = index, []
+                pieces[engine.add(as_question(question))] = index, [], []
             if not pieces:
                 return
             for row, response, error in engine.step():
                 if error is not None:
                     raise error
-                index, texts = pieces[row]
+                index, texts, calls = pieces[row]
                 texts.append(response.text)
-                if row.finished:
+                calls += response.tool_calls
+                if response.finish_reason is not None:
                     del pieces[row]
                     yield BatchResult(
                         index,
@@ -106,6 +112,8 @@ def stream_batch(
                         response.finish_reason,
                         response.prompt_tokens,
                         response.image_tokens,
+                        response.closed,
+                        tuple(calls),
                     )
 
 

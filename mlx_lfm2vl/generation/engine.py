@@ -6,6 +6,7 @@ rows that answer already; rows whose caches are of one kind decode together.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +23,9 @@ from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..options import CacheOptions
 from ..prompts.processor import Lfm2VlProcessor, Prompt
 from ..prompts.question import NO_CACHE_OPTIONS, Question
-from .answer import Answer, Clock, GenerationResponse
+from .answer import Answer, Clock, GenerationResponse, eos_token_ids
 from .decoding import States, decode_step
+from .guide import Guide, vocabulary
 from .sampling import LogitsProcessor, Sampler, from_settings
 
 PREFILL_STEP_SIZE = 1024  # positions of a prompt at once; more takes memory and saves no time
@@ -67,6 +69,7 @@ class Row:
         prompt: with its images, if beginnings are to be remembered.
         keep_cache: fill the cache again when it ends.
         keep_answer: remember the beginning that prompt and answer make together.
+        keep_prompt: remember the prompt up to its last token.
         reused: positions that were known already.
         tokens: of the answer so far.
         finished: whether it has ended.
@@ -81,6 +84,7 @@ class Row:
     prompt: Prompt | None = None
     keep_cache: bool = False
     keep_answer: bool = False
+    keep_prompt: bool = False
     reused: int = 0
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
@@ -116,6 +120,15 @@ class Row:
     def left(self) -> int:
         """How many tokens may still come."""
         return self.max_tokens - len(self.tokens)
+
+    @property
+    def forced(self) -> list[int]:
+        """Tokens of the answer behind `y`, which go in without being chosen."""
+        return self.tokens[self.offset + 1 - self.length :]
+
+    def follow(self, token: int) -> list[int]:
+        """The tokens that come now that this one was chosen: itself and those it forces."""
+        return [token]
 
     def embed(self, start: int, stop: int) -> mx.array:
         """Embeddings (stop - start, hidden) of positions of the prompt."""
@@ -158,6 +171,12 @@ class AnswerRow(Row):
             question.cache_options,
             prompt,
         )
+        self.guide = None
+        if question.constraint is not None:
+            size = model.config.text_config.vocab_size
+            known = vocabulary(processor.tokenizer, size, eos_token_ids(processor))
+            self.guide = Guide(question.constraint, known, question.max_tokens)
+            self.logits_processors = [self.guide, *self.logits_processors]
         self.model, self.question, self.features = model, question, features
         self.encoded_images = 0  # counted if features are remembered
         self.answer, self.clock = Answer(processor, question), Clock(prompt)
@@ -175,15 +194,25 @@ class AnswerRow(Row):
             self.clock.vision_time = perf_counter() - self.clock.start
         return embeddings
 
+    def follow(self, token: int) -> list[int]:
+        return [token] if self.guide is None else self.guide.take(token, self.left)
+
     def take(self, token: int, logprobs: mx.array) -> GenerationResponse:
         super().take(token, logprobs)
-        text, finish_reason = self.answer.add(token)
-        self.finished = finish_reason is not None
-        return self.clock.response(text, token, logprobs, finish_reason)
+        piece, closed = self.answer.add(token), False
+        self.finished = piece.finish_reason is not None
+        if self.guide is not None and self.finished:
+            if self.guide.closing and token in self.answer.eos_token_ids:
+                piece = piece._replace(finish_reason="length")
+            closed = piece.finish_reason == "length" and self.guide.is_whole
+        return self.clock.response(piece, token, logprobs, closed)
 
 
 class Event(NamedTuple):
-    """What a step brought a row: a response, or the error that ended it."""
+    """What a step brought a row: a response, or the error that ended it.
+
+    A step may bring several; only the last one of a `GenerationResponse` has a `finish_reason`.
+    """
 
     row: Row
     response: Any = None
@@ -228,12 +257,18 @@ class Engine:
         self.batches: dict[Any, Batch] = {}
 
     def add(
-        self, question: Question, *, keep_answer: bool = False, read_only: int | None = None
+        self,
+        question: Question,
+        *,
+        keep_answer: bool = False,
+        keep_prompt: bool = False,
+        read_only: int | None = None,
     ) -> AnswerRow:
         """A row for a question; its prompt is made now and read by later steps.
 
         Args:
             keep_answer: remember the beginning that prompt and answer make together.
+            keep_prompt: remember the prompt up to its last token, for others that ask the same.
             read_only: read so many positions of the prompt, to remember them, and answer nothing.
 
         Raises:
@@ -245,6 +280,7 @@ class Engine:
             cast(Lfm2VlForConditionalGeneration, self.model), self.processor, question, features
         )
         row.keep_answer = row.keep_cache = keep_answer
+        row.keep_prompt = keep_prompt
         if read_only is not None:
             row.token_ids, row.max_tokens = row.token_ids[:read_only], 0
         self.begin(row)
@@ -267,7 +303,9 @@ class Engine:
         """
         for row in self.arrivals:
             kind = row.attention.kind
-            self.batches.setdefault(kind, Batch(self.language_model, kind)).join(row)
+            if kind not in self.batches:
+                self.batches[kind] = Batch(self.language_model, kind)
+            self.batches[kind].join(row)
         self.arrivals = []
         self._admit()
         events = self._decode() if self.fair or not self.reading else []
@@ -299,20 +337,22 @@ class Engine:
             next(pieces)
             return []
         except StopIteration:
-            event = self._first(row)
+            events = self._first(row)
         except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
-            event = Event(row, error=error)
+            events = [Event(row, error=error)]
             row.finished = True
         self.reading.popleft()
         if not row.finished:
             self.arrivals.append(row)
-        return [event]
+        elif row.keep_answer and row.offset > row.length:
+            self._remember(row, row.offset)
+        return events
 
-    def _first(self, row: Row) -> Event:
+    def _first(self, row: Row) -> list[Event]:
         """Tells a row its first token, or that its prompt is read, if that is all it wanted."""
         if row.y is None or row.logprobs is None:
             row.finished = True
-            return Event(row)
+            return [Event(row)]
         row.unread = False
         return tell(row, cast(int, row.y.item()), row.logprobs)
 
@@ -321,7 +361,9 @@ class Engine:
         length, places = row.length, list[int]()
         if self.prefixes is not None and row.prompt is not None:
             row.cache = self.prefixes.find(row.prompt, row.cache_options) or row.cache
-            places = [place for place in self.prefixes.places(row.prompt) if place < length]
+            last = {length - 1} - {0} if row.keep_prompt else set()
+            places = sorted({*self.prefixes.places(row.prompt), *last})
+            places = [place for place in places if place < length]
         start = row.reused = row.cache[0].offset
         for stop in [*(place for place in places if place > start), length]:
             answers = stop == length and row.max_tokens > 0
@@ -329,6 +371,11 @@ class Engine:
             if not answers:
                 self._remember(row, stop)
             start = stop
+
+    def _jump(self, row: Row) -> Iterator[None]:
+        """Reads the last tokens of an answer, which are known, in one pass."""
+        tokens = row.tokens[row.offset - row.length :]
+        yield from self._pieces(row, self.language_model.embed(mx.array(tokens)), True)
 
     def _remember(self, row: Row, length: int) -> None:
         """Keeps what a row's cache holds, so many positions."""
@@ -341,8 +388,8 @@ class Engine:
             self.language_model, embeddings, row.cache, row.cache_options, self.prefill_step_size
         )
         for hidden in pieces:
-            if is_last and row.cache[0].offset == row.length:
-                row.history = mx.array(row.token_ids)
+            if is_last and row.cache[0].offset == row.length + len(row.tokens):
+                row.history = mx.array([*row.token_ids, *row.tokens])
                 row.y = row.choose(self.language_model.logits(hidden[:, -1]))
                 row.offset = row.cache[0].offset
                 mx.async_eval(row.y)
@@ -366,7 +413,11 @@ class Engine:
             for row in batch.leave(_becomes_quantized):
                 quantize_caches(row.cache, row.cache_options)
                 self.arrivals.append(row)
-            if not batch.rows:
+            # a pass of its own costs all rows as much as a step, and saves this one as many
+            jumping = [row for row in batch.rows if 0 < len(batch.rows) <= len(row.forced)]
+            for row in batch.leave(jumping.__contains__):
+                self.reading.appendleft((row, self._jump(row)))
+            if not batch.rows and not jumping:  # otherwise the row is back soon
                 del self.batches[kind]
         return events
 
@@ -479,10 +530,13 @@ class Batch:
             logits = self._untraced(cache)
         else:
             logits = self._forward(cache, [offsets, slots, last], before)
-        for row in self.rows:
+        if any(row.waits for row in self.rows):
+            mx.async_eval(logits)  # meanwhile, processors look at tokens
+        forced = [row.forced[:1] for row in self.rows]
+        for row, tokens in zip(self.rows, forced, strict=True):
             row.offset += 1
-            row.unread = True
-        self._choose(logits)
+            row.unread = not tokens
+        self._choose(logits, forced)
         mx.async_eval(self.y)
 
     def _untraced(self, cache: Sequence[Cache]) -> mx.array:
@@ -538,15 +592,18 @@ class Batch:
         nbytes = sum(array.nbytes for arrays in self.states for array in arrays)
         return TURNS_FROM <= nbytes <= self.weight_bytes / 4
 
-    def _choose(self, logits: mx.array) -> None:
-        """Logits (rows, vocab) -> the tokens that go in next."""
+    def _choose(self, logits: mx.array, forced: list[list[int]]) -> None:
+        """Logits (rows, vocab) -> the tokens that go in next, if they are not known already."""
         if all(row.is_plain for row in self.rows):
             logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             for i, row in enumerate(self.rows):
                 row.logprobs = logprobs if len(self.rows) == 1 else logprobs[i : i + 1]
             self.y = mx.argmax(logits, axis=-1)
             return
-        parts = [row.choose(logits[i : i + 1]) for i, row in enumerate(self.rows)]
+        parts = [
+            mx.array(tokens, mx.uint32) if tokens else row.choose(logits[i : i + 1])
+            for i, (row, tokens) in enumerate(zip(self.rows, forced, strict=True))
+        ]
         self.y = parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
     def _pending(self) -> tuple[mx.array, list[tuple[Row, mx.array | None]]]:
@@ -563,9 +620,10 @@ class Batch:
                 row.unread = False
         tokens = cast("list[int]", y.tolist()) if len(rows) > 1 else [cast(int, y.item())]
         return [
-            tell(row, token, logprobs)
+            event
             for (row, logprobs), token in zip(rows, tokens, strict=True)
             if logprobs is not None
+            for event in tell(row, token, logprobs)
         ]
 
 
@@ -575,13 +633,26 @@ def slots_for(row: Row, tokens: int) -> int:
     return slots if most is None else min(slots, most)
 
 
-def tell(row: Row, token: int, logprobs: mx.array) -> Event:
-    """Gives a row its next token; an error in taking it ends this row alone."""
+def tell(row: Row, token: int, logprobs: mx.array) -> list[Event]:
+    """Gives a row its next tokens; an error in taking them ends this row alone."""
+    events: list[Event] = []
     try:
-        return Event(row, row.take(token, logprobs[0]))
+        for n, following in enumerate(row.follow(token)):
+            chosen = n == 0 and following == token
+            told = logprobs[0] if chosen else certain(following, logprobs)
+            response = row.take(following, told)
+            events.append(Event(row, response))
+            if row.finished:
+                break
     except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
         row.finished = True
-        return Event(row, error=error)
+        events.append(Event(row, error=error))
+    return events
+
+
+def certain(token: int, logprobs: mx.array) -> mx.array:
+    """Log-probabilities (vocab,) of a token that has no alternative."""
+    return mx.where(mx.arange(logprobs.shape[-1]) == token, 0.0, -math.inf)
 
 
 def _becomes_quantized(row: Row) -> bool:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 from .messages import Conversation, _image_list, _without_images
+from .tool_calls import CallStyle, call_style, carry_calls
+from .tool_grammar import plain_tool
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class Lfm2VlProcessor:
         messages: Conversation,
         images: ImageInput | Sequence[ImageInput] | None = None,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         image_options: ImageOptions = NO_OPTIONS,
@@ -154,7 +156,7 @@ class Lfm2VlProcessor:
                 `{"type": "image", "image": X}`, X a path, URL, data URL, bytes, Pillow image or
                 uint8 array. Items without an `image` take the next one of `images`.
             images: one image or several.
-            tools: JSON schemas of functions the model may call.
+            tools: JSON schemas of functions the model may call, or Python functions.
             add_generation_prompt: end with the opening of the assistant's turn.
             continue_final_message: leave the last message open, to be continued.
             image_options: changes of the checkpoint's image settings.
@@ -168,6 +170,7 @@ class Lfm2VlProcessor:
         from datetime import datetime
 
         conversation, pictures = self._gather(messages, images)
+        tools = None if tools is None else [plain_tool(tool) for tool in tools]
         now = now if now is not None else datetime.now()  # one moment for all that is rendered
         token_ids = self.tokenizer.apply_chat_template(
             conversation,
@@ -312,4 +315,8 @@ class Lfm2VlProcessor:
                 f"{len(given)} images were given, but the messages have places for only "
                 f"{len(given) - unused}; add an item {{'type': 'image'}} for each"
             )
-        return conversation, found
+        return carry_calls(conversation, lambda: self._call_style), found
+
+    @cached_property
+    def _call_style(self) -> CallStyle:
+        return call_style(self.tokenizer.render)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from ..errors import PromptError
@@ -15,14 +15,16 @@ from ..options import (
     ImageOptions,
     Sampling,
 )
+from .constraint import Constraint
 from .image_processor import NO_OPTIONS, ImageInput
 from .messages import Conversation
 from .processor import Lfm2VlProcessor, Prompt
+from .tool_grammar import ToolChoice
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-Tools = Sequence[Mapping[str, Any]]
+Tools = Sequence[Any]
 NO_CACHE_OPTIONS = CacheOptions()
 
 
@@ -38,6 +40,20 @@ class AnswerSettings(TypedDict, total=False):
         seed: makes sampling repeatable, whatever else happens.
         stop: a text or several that end the answer; they are not part of it.
         logits_processors: functions of (tokens so far, logits) that return logits, as mlx-lm's.
+        schema: the answer is JSON of this schema: a dict, JSON text, the path of a file, a
+            dataclass or pydantic class; True for any JSON. Numbers without bounds lie within ±10¹⁵
+            and have six digits behind the point; objects that name properties have no others.
+        regex: the whole answer matches this regular expression, without look-around.
+        choice: the answer is one of these texts.
+        grammar: the answer follows this grammar, in llguidance's variant of Lark's notation.
+        close: bring the answer to a whole end before `max_tokens` cuts it, as far as possible;
+            without the model, so what is still missing is made up, as short as the form allows.
+            None does so for JSON.
+        constraint: what these become; given instead of them.
+        tool_choice: of the question's tools: "auto": text, or calls with or without text around
+            them; "required": calls; the name of a tool: calls of it alone; "none": the tools are
+            not shown. Calls then keep to the tools' schemas, which takes llguidance. None is
+            "auto", without a guarantee if llguidance is not installed.
     """
 
     max_tokens: int
@@ -56,13 +72,21 @@ class AnswerSettings(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str]
     logits_processors: Sequence[Callable[[mx.array, mx.array], mx.array]]
+    schema: Any
+    regex: str | None
+    choice: Sequence[str] | None
+    grammar: str | None
+    close: bool | None
+    constraint: Constraint | None
+    tool_choice: ToolChoice | None
 
 
 class QuestionSettings(AnswerSettings, total=False):
     """The settings of an answer, and of what is read before it.
 
     Attributes:
-        tools: JSON schemas of functions the model may call.
+        tools: JSON schemas of functions the model may call, or Python functions with types and a
+            docstring. They exclude `schema`, `regex`, `choice` and `grammar`.
         image_options: changes of the checkpoint's image settings.
         image_features: what `model.encode_images` gave for these images, (image tokens, hidden), so
             that they are not encoded again.
@@ -78,6 +102,7 @@ class QuestionSettings(AnswerSettings, total=False):
 
 
 SAMPLING_FIELDS = tuple(f.name for f in fields(Sampling))
+CONSTRAINT_FIELDS = ("schema", "regex", "choice", "grammar", "close", "constraint", "tool_choice")
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -96,6 +121,7 @@ class Question:
     seed: int | None
     stop: tuple[str, ...]
     logits_processors: tuple[Callable[[mx.array, mx.array], mx.array], ...]
+    constraint: Constraint | None
     tools: Tools | None
     image_options: ImageOptions
     image_features: mx.array | None
@@ -116,8 +142,11 @@ class Question:
             ConfigError: sampling out of its bounds.
         """
         changes = {name: settings.pop(name, None) for name in SAMPLING_FIELDS}  # type: ignore[misc]
+        form = {name: settings.pop(name, None) for name in CONSTRAINT_FIELDS}  # type: ignore[misc]
         sampling = settings.pop("sampling", None)
         _check("sampling", sampling, (Sampling, type(None)), "Sampling(…)")
+        tools = settings.pop("tools", None)
+        _check("tools", tools, (list, tuple, type(None)), "a list of JSON schemas")
         values: dict[str, Any] = {
             "prompt": prompt,
             "images": images,
@@ -126,14 +155,16 @@ class Question:
             "seed": settings.pop("seed", None),
             "stop": _texts(settings.pop("stop", ())),
             "logits_processors": tuple(settings.pop("logits_processors", ())),
-            "tools": settings.pop("tools", None),
+            "constraint": Constraint.of(**form, tools=tools),
+            "tools": None if form["tool_choice"] == "none" else tools,
             "image_options": settings.pop("image_options", NO_OPTIONS),
             "image_features": settings.pop("image_features", None),
             "cache_options": settings.pop("cache_options", NO_CACHE_OPTIONS),
             "measure_vision": settings.pop("measure_vision", False),
         }
         if settings:
-            known = ", ".join(sorted({*values, *SAMPLING_FIELDS} - {"prompt", "images"}))
+            names = {*values, *SAMPLING_FIELDS, *CONSTRAINT_FIELDS} - {"prompt", "images"}
+            known = ", ".join(sorted(names))
             raise TypeError(f"{next(iter(settings))!r} is no setting; these are: {known}")
         self.__dict__.update(values)
         self._check()
@@ -147,7 +178,6 @@ class Question:
         _check("prompt", self.prompt, kinds, "a text, a list of messages or a prepared prompt")
         _check("image_options", self.image_options, ImageOptions, "ImageOptions(…)")
         _check("cache_options", self.cache_options, CacheOptions, "CacheOptions(…)")
-        _check("tools", self.tools, (list, tuple, type(None)), "a list of JSON schemas")
         if not isinstance(self.prompt, Prompt):
             return
         given: dict[str, Any] = {"images": self.images, "tools": self.tools}
@@ -168,6 +198,11 @@ class Question:
         return processor(
             self.prompt, self.images, tools=self.tools, image_options=self.image_options
         )
+
+    def prepared(self, processor: Lfm2VlProcessor) -> Question:
+        """The same question, its prompt made."""
+        prompt = self.prepare(processor)
+        return replace(self, prompt=prompt, images=None, tools=None, image_options=NO_OPTIONS)
 
 
 def _texts(stop: str | Sequence[str]) -> tuple[str, ...]:

@@ -24,8 +24,9 @@ from ..options import ImageOptions, Sampling
 
 if TYPE_CHECKING:
     from ..generation.batch import BatchResult
+    from ..prompts.constraint import Constraint
     from ..prompts.processor import Lfm2VlProcessor, Prompt
-    from ..prompts.question import Question
+    from ..prompts.question import Question, Tools
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic")
 THREADS = 4
@@ -50,11 +51,17 @@ class Task:
     stop: tuple[str, ...]
     sampling: Sampling
     image_options: ImageOptions
+    constraint: Constraint | None = None
+    tools: Tools | None = None
 
     @property
     def settings(self) -> str:
         """A short hash of all fields."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        fields = asdict(self)
+        for name in ("constraint", "tools"):
+            if fields[name] is None:
+                del fields[name]  # as files know it that are older than the field
+        text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
     @property
@@ -74,6 +81,7 @@ class Task:
             seed=self.seed,
             stop=self.stop,
             sampling=self.sampling,
+            constraint=self.constraint,
         )
 
 
@@ -288,15 +296,18 @@ def answer_all(
     for result in stream_batch(model, processor, questions, batch_size=batch_size):
         counts.answered += 1
         image, asked[result.index] = asked[result.index], Prepared("", None)
-        write(image, _entry(result))
+        write(image, _entry(result, task))
         check()
     return counts
 
 
-def _entry(result: BatchResult) -> dict[str, Any]:
+def _entry(result: BatchResult, task: Task) -> dict[str, Any]:
+    form, calls = task.constraint, [call.to_dict() for call in result.tool_calls]
     return {
         "text": result.text,
         "finish_reason": result.finish_reason,
+        **({} if form is None else form.result(result.text, result.closed)),
+        **({} if task.tools is None else {"tool_calls": calls}),
         "prompt_tokens": result.prompt_tokens,
         "image_tokens": sum(result.image_tokens),
         "generation_tokens": len(result.tokens),
@@ -350,5 +361,7 @@ def prepare(path: str, task: Task, processor: Lfm2VlProcessor, done: set[Key]) -
     except ImageError as error:
         return Prepared(path, digest, error=" ".join(str(error).split()))
     return Prepared(
-        path, digest, processor(task.messages, [picture], image_options=task.image_options)
+        path,
+        digest,
+        processor(task.messages, [picture], tools=task.tools, image_options=task.image_options),
     )

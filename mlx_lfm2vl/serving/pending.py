@@ -6,8 +6,16 @@ import asyncio
 import copy
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterator,
+    Sequence,
+)
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -31,10 +39,12 @@ class PendingAnswer(Coroutine[Any, Any, str]):
 
     Attributes:
         usage: what it cost; known when it is done.
+        progress: (positions of the prompt that are read, all of them), while it is being read.
     """
 
     def __init__(self, forget: Callable[[PendingAnswer], None]) -> None:
         self.usage: Any = None
+        self.progress: tuple[int, int] | None = None
         self._forget = forget  # tells the worker that nobody wants it any more
         # kept without bound: a few hundred bytes each, max_tokens at most
         self._responses: list[GenerationResponse] = []
@@ -91,37 +101,14 @@ class PendingAnswer(Coroutine[Any, Any, str]):
             while True:
                 with self._changed:
                     self._changed.wait_for(partial(self._has_news, seen))
-                    news, done = self._responses[seen:], self._done
-                yield from news
+                responses, done = self._since(seen)
+                yield from responses
                 if done:
                     return self._raise()
-                seen += len(news)
+                seen += len(responses)
 
-    async def __aiter__(self) -> AsyncIterator[GenerationResponse]:
-        loop, event, seen = asyncio.get_running_loop(), asyncio.Event(), 0
-        wake = partial(_wake, loop, event)
-        with self._waiting():
-            with self._changed:
-                self._listeners.append(wake)
-            try:
-                while True:
-                    event.clear()
-                    with self._changed:
-                        news, done = self._responses[seen:], self._done
-                    for response in news:
-                        yield response
-                    if done:
-                        self._raise()
-                        return
-                    seen += len(news)
-                    await event.wait()
-            except asyncio.CancelledError:
-                if self._waiters == 1:  # nobody else wants it
-                    self.cancel()
-                raise
-            finally:
-                with self._changed:
-                    self._listeners.remove(wake)
+    def __aiter__(self) -> AsyncIterator[GenerationResponse]:
+        return (response async for [(_, responses)] in news([self]) for response in responses)
 
     def __await__(self) -> Generator[Any, None, str]:
         return self._whole().__await__()
@@ -171,6 +158,23 @@ class PendingAnswer(Coroutine[Any, Any, str]):
     def _has_news(self, seen: int) -> bool:
         return self._done or len(self._responses) > seen
 
+    def _since(self, seen: int) -> tuple[list[GenerationResponse], bool]:
+        """The responses after some, and whether no more will come."""
+        with self._changed:
+            return self._responses[seen:], self._done
+
+    @contextmanager
+    def _listening(self, listener: Callable[[], None]) -> Iterator[None]:
+        """Calls a function at whatever comes."""
+        with self._waiting():
+            with self._changed:
+                self._listeners.append(listener)
+            try:
+                yield
+            finally:
+                with self._changed:
+                    self._listeners.remove(listener)
+
     def _raise(self) -> None:
         if self._error is not None:
             raise own_copy(self._error)
@@ -194,6 +198,61 @@ class PendingAnswer(Coroutine[Any, Any, str]):
         self._changed.notify_all()
         for listener in self._listeners:
             listener()
+
+
+News = list[tuple[int, list[GenerationResponse]]]  # place of an answer, and what is new of it
+
+
+async def news(
+    answers: Sequence[PendingAnswer], patience: float | None = None
+) -> AsyncGenerator[News, None]:
+    """What comes of several answers, all of one wake-up together, until all have ended.
+
+    The first error of any of them is raised. An empty list comes after `patience` seconds in which
+    nothing did. Cancelling the task cancels those answers that nobody else waits for.
+    """
+    loop, event, seen = asyncio.get_running_loop(), asyncio.Event(), [0] * len(answers)
+    with ExitStack() as listening:
+        for answer in answers:
+            listening.enter_context(answer._listening(partial(_wake, loop, event)))
+        try:
+            while True:
+                event.clear()
+                states = [answer._since(n) for answer, n in zip(answers, seen, strict=True)]
+                found = [(place, new) for place, (new, _) in enumerate(states) if new]
+                if found:
+                    yield found
+                seen = [n + len(new) for n, (new, _) in zip(seen, states, strict=True)]
+                for answer, (_, done) in zip(answers, states, strict=True):
+                    if done:
+                        answer._raise()
+                if all(done for _, done in states):
+                    return
+                if not await _within(event, patience):
+                    yield []
+        except asyncio.CancelledError:
+            for answer in answers:
+                if answer._waiters == 1:  # nobody else wants it
+                    answer.cancel()
+            raise
+
+
+async def _within(event: asyncio.Event, seconds: float | None) -> bool:
+    """Waits for an event; False if the time was over first."""
+    if seconds is None:
+        return await event.wait()
+    late: list[None] = []
+
+    def end() -> None:
+        late.append(None)
+        event.set()
+
+    timer = asyncio.get_running_loop().call_later(seconds, end)
+    try:
+        await event.wait()
+    finally:
+        timer.cancel()
+    return not late
 
 
 def own_copy(error: BaseException) -> BaseException:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
 from ..errors import PromptError
 from ..generation.answer import GenerationResponse
+from ..generation.asking import scores, value_of
 from ..generation.engine import AnswerRow, Engine
 from ..generation.generate import run
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
@@ -188,6 +189,15 @@ class Session(Talk):
     ) -> Iterator[GenerationResponse]:
         """`ask`, piece by piece."""
         return self._stream(self.question(question, **settings), keep=False)
+
+    def ask_json(self, question: str, **settings: Unpack[AnswerSettings]) -> Any:
+        """`ask` for JSON, as a value; see `generation.asking.ask_json`."""
+        settings.setdefault("schema", True)
+        return value_of(self.stream_ask(question, **settings))
+
+    def choose(self, question: str, options: Sequence[str]) -> dict[str, float]:
+        """How probable each of some answers is; see `generation.asking.choose`."""
+        return scores(self._engine(), self.question(question), options)
 
     def send(self, message: str, **settings: Unpack[AnswerSettings]) -> str:
         """A turn of the conversation: message and answer become part of it.

@@ -20,6 +20,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from ..errors import Lfm2VlError
+from ..generation.answer import GenerationResponse
 from ..generation.engine import AnswerRow, Engine, Event
 from ..generation.memory import memory_limits
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
@@ -43,8 +44,9 @@ class Job:
         pending: who waits for it.
         ask: makes the question; called with the processor, in a thread beside the worker's.
         read_only: whether images are only to be read.
-        keep_answer: see `Engine.add`.
+        keep_answer, keep_prompt: see `Engine.add`.
         logprobs: whether responses keep their log-probabilities.
+        look: called in the worker's thread with each response, log-probabilities included.
         end: called in the worker's thread with its question if it was answered, else None.
     """
 
@@ -52,7 +54,9 @@ class Job:
     ask: Callable[[Lfm2VlProcessor], Question]
     read_only: bool = False
     keep_answer: bool = False
+    keep_prompt: bool = False
     logprobs: bool = False
+    look: Callable[[GenerationResponse], None] | None = None
     end: Callable[[Question | None], None] | None = None
     prepared: Future[Question] | None = None
 
@@ -158,6 +162,8 @@ class EngineThread(threading.Thread):
                 self._begin(engine)
                 if self.active:
                     self._hand_out(engine.step())
+                for row, _ in engine.reading:
+                    self.active[row].pending.progress = (row.cache[0].offset, row.length)
         del model, processor, engine  # a traceback that a caller keeps leads back to this frame
 
     def _drain(self, wait: bool) -> None:
@@ -198,7 +204,12 @@ class EngineThread(threading.Thread):
             if job.read_only:
                 read_only = cast(Prompt, question.prompt).images[-1].stop
             job.pending._begun = True
-            row = engine.add(question, keep_answer=job.keep_answer, read_only=read_only)
+            row = engine.add(
+                question,
+                keep_answer=job.keep_answer,
+                keep_prompt=job.keep_prompt,
+                read_only=read_only,
+            )
         except Exception as error:  # noqa: BLE001 - its place is in the caller's thread
             job.finish(_without_frames(error))
         else:
@@ -208,12 +219,8 @@ class EngineThread(threading.Thread):
         for row, response, error in events:
             job = self.active[row]
             if response is not None:
-                if job.logprobs:
-                    mx.eval(response.logprobs)  # no other thread could
-                else:
-                    response = replace(response, logprobs=_no_logprobs())
-                job.pending._add(response)
-            if not row.finished:
+                self._tell(job, response)
+            if response is not None and response.finish_reason is None:
                 continue
             del self.active[row]
             usage = Usage.of(cast(AnswerRow, row))
@@ -221,6 +228,18 @@ class EngineThread(threading.Thread):
                 job.finish(None, cast(AnswerRow, row).question, usage)
             else:
                 job.finish(_without_frames(error), usage=usage)
+
+    def _tell(self, job: Job, response: GenerationResponse) -> None:
+        try:
+            if job.look is not None:
+                job.look(response)
+        except Exception as error:  # noqa: BLE001 - its place is in the caller's thread
+            job.pending._finish(_without_frames(error))  # `_forget` does the rest
+        if job.logprobs:
+            mx.eval(response.logprobs)  # no other thread could
+        else:
+            response = replace(response, logprobs=_no_logprobs())
+        job.pending._add(response)
 
 
 def _is_ready(job: Job) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, Unpack, cast
 
 from ..checkpoints.loading import load as load_model
 from ..errors import Lfm2VlError, PromptError
+from ..generation.answer import GenerationResponse
 from ..generation.batch import BATCH_SIZE, DEFAULT_BATCH_SIZE
 from ..generation.generate import as_question
 from ..options import CacheOptions, ImageOptions
@@ -95,6 +96,16 @@ class Worker:
         if self._thread.error is not None:
             raise own_copy(self._thread.error)
 
+    @property
+    def active(self) -> int:
+        """How many answers grow or have their prompts read now."""
+        return len(self._thread.active)
+
+    @property
+    def remembered_bytes(self) -> int:
+        """What is kept for reuse takes so much."""
+        return self._thread.prefixes.nbytes
+
     async def ready(self) -> None:
         """`wait_until_ready` for asyncio."""
         await asyncio.to_thread(self.wait_until_ready)
@@ -106,6 +117,9 @@ class Worker:
         *,
         logprobs: bool = False,
         latest: str | None = None,
+        keep_answer: bool = False,
+        keep_prompt: bool = False,
+        look: Callable[[GenerationResponse], None] | None = None,
         **settings: Unpack[QuestionSettings],
     ) -> PendingAnswer:
         """Asks, from any thread; never waits.
@@ -120,6 +134,11 @@ class Worker:
                 otherwise they are empty.
             latest: a name, such as "camera", under which only the last question waits: an older one
                 that has not begun is cancelled, one that has continues.
+            keep_answer, keep_prompt: remember prompt and answer for the turn after them, or the
+                prompt for another question with it; images and system messages are remembered in
+                any case.
+            look: called in the worker's thread with each response before it is handed out, its
+                log-probabilities included; must be quick.
         """
         pending = self._thread.pending()
         try:
@@ -127,7 +146,15 @@ class Worker:
         except Lfm2VlError as error:
             pending._finish(error)
             return pending
-        self._thread.put(Job(pending, partial(prepared, question), logprobs=logprobs), latest)
+        job = Job(
+            pending,
+            question.prepared,
+            keep_answer=keep_answer,
+            keep_prompt=keep_prompt,
+            logprobs=logprobs,
+            look=look,
+        )
+        self._thread.put(job, latest)
         return pending
 
     def close(self, timeout: float | None = None) -> None:
@@ -287,14 +314,8 @@ class _Image:
             return processed
 
 
-def prepared(question: Question, processor: Lfm2VlProcessor) -> Question:
-    """The same question, its prompt made."""
-    prompt = question.prepare(processor)
-    return replace(question, prompt=prompt, images=None, tools=None, image_options=NO_OPTIONS)
-
-
 def _prepared(question: Question, processor: Lfm2VlProcessor) -> Question:
-    """As `prepared`, for a session's question."""
+    """As `Question.prepared`, for a session's question."""
     messages = cast("list[Message]", question.prompt)
     read = [map_images(message, lambda image: image.read(processor)) for message in messages]
-    return prepared(replace(question, prompt=read), processor)
+    return replace(question, prompt=read).prepared(processor)

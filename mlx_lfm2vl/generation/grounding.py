@@ -274,12 +274,15 @@ def _object_schema(properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, **closed}
 
 
-def guided(schema: Any) -> dict[str, Any]:
-    """Settings that keep answers to a schema, if llguidance is installed; nothing is made up.
+def guided(schema: Any, close: bool = False) -> dict[str, Any]:
+    """Settings that keep answers to a schema, if llguidance is installed.
 
     Without it the model answers freely, and what is whole of its answer is read.
+
+    Args:
+        close: end a document at `max_tokens`; boxes are not, for an end would make one up.
     """
-    return {"schema": schema, "close": False} if can_constrain() else {}
+    return {"schema": schema, "close": close} if can_constrain() else {}
 
 
 class Reading:
@@ -470,7 +473,7 @@ def extract(
     ]
     schema = _object_schema({name: {"type": "string"} for name in fields})
     settings: Any = {"max_tokens": max_tokens, "temperature": 0.0, "image_options": image_options}
-    text = generate(model, processor, messages, **settings, **guided(schema))
+    text = generate(model, processor, messages, **settings, **guided(schema, close=True))
     value, _ = _object_at(json.JSONDecoder(), text, max(text.find("{"), 0))
     if not value or not isinstance(value, dict):
         raise AnswerError(f"the answer is no JSON object: {text!r:.200}")
@@ -479,7 +482,8 @@ def extract(
 
 # ---- what others take
 
-COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324")
+# far from the colours that people name; each frame has a white rim besides
+COLORS = ("#e4007c", "#5b2be0", "#d9480f", "#0b7285", "#862e9c", "#5c940d", "#a61e4d", "#495057")
 
 
 def draw(image: ImageInput, boxes: Sequence[Box], min_side: int = 640) -> Image.Image:

@@ -458,6 +458,7 @@ def extract(
 
     Args:
         fields: a description for each name, such as `{"total": "the sum to be paid"}`.
+        max_tokens: an answer that would be longer is cut, and what is missing of it is empty.
 
     Raises:
         PromptError: no fields.

@@ -3,11 +3,13 @@
 import asyncio
 import os
 import threading
+import time
 
 import mlx.core as mx
 import pytest
 
 from mlx_lfm2vl import AnswerCancelled, ImageError, Lfm2VlError, PromptError, Worker, generate
+from mlx_lfm2vl.serving import worker as worker_module
 
 from .checkpoints.pictures import picture
 from .helpers import WAIT, Gate, load_v5
@@ -176,6 +178,27 @@ def test_a_session_keeps_its_pictures(worker, parts, work):
         question = [system, turn(f"Question {n}?", FOUR[0])]
         assert text == generate(*parts, question, max_tokens=5, temperature=0)
     assert session.messages == [system]
+
+
+def test_a_picture_is_read_before_it_is_asked_about(worker, monkeypatch):
+    """Though the question is prepared first."""
+    asked, prepared = threading.Event(), worker_module._prepared
+
+    def later(question, processor):
+        done = prepared(question, processor)
+        if "Why?" in str(question.prompt):
+            asked.set()
+        else:
+            assert asked.wait(WAIT)
+            time.sleep(0.3)  # in which the question could begin
+        return done
+
+    monkeypatch.setattr(worker_module, "_prepared", later)
+    session = worker.session()
+    session.see(FOUR[2])
+    answer = session.ask("Why?", max_tokens=5)
+    answer.result(WAIT)
+    assert answer.usage.encoded_images == 0
 
 
 def test_turns_of_a_session_follow_each_other(worker, parts):

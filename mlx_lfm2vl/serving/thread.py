@@ -48,6 +48,7 @@ class Job:
         logprobs: whether responses keep their log-probabilities.
         look: called in the worker's thread with each response, log-probabilities included.
         end: called in the worker's thread with its question if it was answered, else None.
+        after: begins first, since what it reads is read here, too.
     """
 
     pending: PendingAnswer
@@ -58,6 +59,7 @@ class Job:
     logprobs: bool = False
     look: Callable[[GenerationResponse], None] | None = None
     end: Callable[[Question | None], None] | None = None
+    after: Job | None = None
     prepared: Future[Question] | None = None
 
     def finish(
@@ -152,7 +154,7 @@ class EngineThread(threading.Thread):
         engine = Engine(model, processor, max_rows=self.batch_size, prefixes=self.prefixes)
         with memory_limits(model):
             while True:
-                idle = not self.active and not any(_is_ready(job) for job in self.waiting)
+                idle = not self.active and not any(self._is_ready(job) for job in self.waiting)
                 if idle and self.ending and not self.waiting:
                     break
                 self._drain(wait=idle)
@@ -190,12 +192,16 @@ class EngineThread(threading.Thread):
         for job in list(self.waiting):
             if len(self.active) == self.batch_size:
                 break
-            if _is_ready(job):
+            if self._is_ready(job):
                 self.waiting.remove(job)
                 self._add(engine, job)
         for job in islice(self.waiting, AHEAD):
             if job.prepared is None:
                 job.prepared = _in_thread(partial(job.ask, processor), self.queue.put)
+
+    def _is_ready(self, job: Job) -> bool:
+        early = job.after is not None and any(job.after is one for one in self.waiting)
+        return not early and job.prepared is not None and job.prepared.done()
 
     def _add(self, engine: Engine, job: Job) -> None:
         try:
@@ -240,10 +246,6 @@ class EngineThread(threading.Thread):
         else:
             response = replace(response, logprobs=_no_logprobs())
         job.pending._add(response)
-
-
-def _is_ready(job: Job) -> bool:
-    return job.prepared is not None and job.prepared.done()
 
 
 def _in_thread(

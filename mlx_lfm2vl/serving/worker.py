@@ -207,6 +207,7 @@ class WorkerSession:
         self._talk = talk
         self._lock = threading.RLock()
         self._sending = False
+        self._see: Job | None = None  # the last one
         self._later: deque[Callable[[], None]] = deque()  # what waits for the turn under way
 
     @property
@@ -227,7 +228,8 @@ class WorkerSession:
         def begin(pending: PendingAnswer) -> Job:
             self._talk.pending = [*self._talk.pending, cast(ImageInput, seen)]
             question = self._talk.question("?")
-            return Job(pending, partial(_prepared, question), read_only=True, end=end)
+            self._see = Job(pending, partial(_prepared, question), read_only=True, end=end)
+            return self._see
 
         def end(question: Question | None) -> None:
             with self._lock:
@@ -240,7 +242,8 @@ class WorkerSession:
         """Answers a question that does not become part of the conversation."""
 
         def begin(pending: PendingAnswer) -> Job:
-            return Job(pending, partial(_prepared, self._talk.question(question, **settings)))
+            asked = self._talk.question(question, **settings)
+            return Job(pending, partial(_prepared, asked), after=self._see)
 
         return self._start(begin)
 
@@ -259,7 +262,9 @@ class WorkerSession:
                     while self._later and not self._sending:
                         self._later.popleft()()
 
-            return Job(pending, partial(_prepared, asked), keep_answer=True, end=end)
+            return Job(
+                pending, partial(_prepared, asked), keep_answer=True, end=end, after=self._see
+            )
 
         return self._start(begin)
 

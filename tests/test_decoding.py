@@ -1,6 +1,8 @@
 """The replayed decode step against the model itself, and what each stage may cost."""
 
+import gc
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import numpy as np
@@ -114,6 +116,35 @@ def test_answers_of_every_entrance_share_one_trace(fixtures, work):
         for length in (5, 9):
             worker.submit("Hi", max_tokens=length).result()
     assert work.traces == 2, "MLX keeps traces for each thread"
+
+
+def test_traces_of_a_model_that_is_gone_are_not_taken_for_another():
+    """Models that differ in a number alone, one after the other, each used in two threads."""
+
+    def steps(model):
+        found = [logprobs for _, logprobs in generate_step(list(range(5, 25)), model, max_tokens=4)]
+        mx.eval(found)
+        return found
+
+    def make(n):
+        model = random_language_model("conv", "full_attention")
+        for layer in model.layers:
+            layer.operator_norm.eps = 10.0 ** (n / 2 - 5)
+        return model
+
+    with ThreadPoolExecutor(1) as thread:
+        for n in range(12):
+            model = make(n)
+            found = [steps(model), thread.submit(steps, model).result()]
+            model.decode_step = None
+            gc.collect()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(engine, "backend", lambda: "cuda")  # which traces nothing
+                expected = steps(model)
+            for each in found:
+                assert max(map(relative, each, expected)) < TOLERANCE
+            del model, found
+            gc.collect()
 
 
 def test_what_traces_again(fixtures, work, monkeypatch):

@@ -9,6 +9,7 @@ so that nothing can go stale.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,13 +28,25 @@ Place = tuple[nn.Module, str]  # of an array: the module that has it, and its na
 States = list[list[mx.array]]  # arrays of each layer's cache, with one row per answer
 
 
+class Traces(threading.local):
+    """Compiled functions, each for the thread that made it.
+
+    MLX (0.32.4) keeps traces in each thread that calls a function, and forgets those of a single
+    one when the function is gone; another would take them for those of a later function that
+    happens to lie at the same address.
+    """
+
+    def __init__(self) -> None:
+        self.compiled: dict[Any, Callable[..., tuple[mx.array, States]]] = {}
+
+
 class DecodeStep:
     """The traced step of one model, kept as long as its structure stays."""
 
     def __init__(self, language_model: Lfm2ForCausalLM, structure: list[Any]) -> None:
         self.language_model = weakref.ref(language_model)  # which keeps this step
         self.structure = structure
-        self.traced: dict[Any, Callable[..., tuple[mx.array, States]]] = {}
+        self.traces = Traces()
 
     def __call__(
         self,
@@ -52,11 +65,11 @@ class DecodeStep:
             cache: of any of the rows; says of which kinds the states are.
             kind: the same for caches whose kinds are the same.
         """
-        key = kind, backend()
-        if key not in self.traced:
+        key, compiled = (kind, backend()), self.traces.compiled
+        if key not in compiled:
             empty = [entry.restore(entry.meta, ()) for entry in cache]
-            self.traced[key] = mx.compile(partial(self._forward, [e.traced for e in empty]))
-        return self.traced[key](weights, token_ids, mx.array(table), states)
+            compiled[key] = mx.compile(partial(self._forward, [e.traced for e in empty]))
+        return compiled[key](weights, token_ids, mx.array(table), states)
 
     def _forward(
         self,

@@ -319,7 +319,7 @@ def test_close_ends_everything(worker):
 def test_a_forgotten_worker_answers_and_ends():
     request = Worker(load=load_v5).submit("Hello", max_tokens=5)
     gc.collect()
-    (thread,) = worker_threads()
+    (thread,) = (t for t in worker_threads() if t.name == "mlx_lfm2vl.Worker")
     assert request.result(WAIT) is not None
     thread.join(WAIT)
     assert not thread.is_alive()

@@ -82,7 +82,7 @@ def _times(diagnosis: Diagnosis) -> Iterator[str]:
         yield f"{diagnosis.stages.model}, {diagnosis.stages.dtype}, a picture of {costs.name}:"
         yield from (f"      {title:<30}{show(costs)}" for title, show in IMAGE_ROWS)
     for operations, speed in (diagnosis.probe or {}).items():
-        yield f"      MLX_MAX_OPS_PER_BUFFER {operations:<7}{speed:.1f} tok/s"
+        yield f"      MLX_MAX_OPS_PER_BUFFER {operations:<8}{speed:.1f} tok/s"
     wrong = sum(finding.state == WRONG for finding in diagnosis.findings)
     yield "all is well" if wrong == 0 else f"wrong: {wrong}"
 

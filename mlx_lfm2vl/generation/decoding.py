@@ -22,6 +22,7 @@ from ..models.layers import JointProjections, backend
 from ..models.lfm2 import Lfm2ForCausalLM
 
 CONSTANTS = (bool, int, float, str)
+Modules = Sequence[tuple[str, nn.Module]]  # as `named_modules` gives them
 Place = tuple[nn.Module, str]  # of an array: the module that has it, and its name there
 States = list[list[mx.array]]  # arrays of each layer's cache, with one row per answer
 
@@ -29,9 +30,9 @@ States = list[list[mx.array]]  # arrays of each layer's cache, with one row per 
 class DecodeStep:
     """The traced step of one model, kept as long as its structure stays."""
 
-    def __init__(self, language_model: Lfm2ForCausalLM) -> None:
+    def __init__(self, language_model: Lfm2ForCausalLM, structure: list[Any]) -> None:
         self.language_model = weakref.ref(language_model)  # which keeps this step
-        self.structure = structure(language_model)
+        self.structure = structure
         self.traced: dict[Any, Callable[..., tuple[mx.array, States]]] = {}
 
     def __call__(
@@ -67,7 +68,7 @@ class DecodeStep:
     ) -> tuple[mx.array, States]:
         model, step = self.language_model(), Step(*table)
         assert model is not None
-        places = weight_places(model)
+        places = weight_places(model.named_modules())
         own = [module[name] for module, name in places]
         set_weights(places, weights)
         try:
@@ -86,33 +87,35 @@ class DecodeStep:
 
 def decode_step(language_model: Lfm2ForCausalLM) -> tuple[DecodeStep, list[mx.array]]:
     """The step of a model, traced before or not yet, and the model's present weights."""
-    for module in language_model.modules():
+    modules = language_model.named_modules()
+    for _, module in modules:
         if isinstance(module, JointProjections):
             module.join()
-    kept = language_model.decode_step
-    if kept is None or kept.structure != structure(language_model):
-        language_model.decode_step = kept = DecodeStep(language_model)
-    return kept, [module[name] for module, name in weight_places(language_model)]
+    places = weight_places(modules)
+    now, kept = structure(modules, places), language_model.decode_step
+    if kept is None or kept.structure != now:
+        language_model.decode_step = kept = DecodeStep(language_model, now)
+    return kept, [module[name] for module, name in places]
 
 
-def structure(language_model: Lfm2ForCausalLM) -> list[Any]:
+def structure(modules: Modules, places: Sequence[Place]) -> list[Any]:
     """All that a trace takes for constant: modules, their kinds, their numbers, what is joint."""
     return [
         (path, type(module), [(k, v) for k, v in vars(module).items() if isinstance(v, CONSTANTS)])
-        for path, module in language_model.named_modules()
-    ] + [name for _, name in weight_places(language_model)]
+        for path, module in modules
+    ] + [name for _, name in places]
 
 
-def weight_places(language_model: Lfm2ForCausalLM) -> list[Place]:
+def weight_places(modules: Modules) -> list[Place]:
     """Where the weights that a step reads stand; joint ones in place of their parts."""
-    modules, parts = list(language_model.modules()), set()
-    for module in list(modules):
+    joint, parts = list[nn.Module](), set[int]()
+    for _, module in modules:
         if isinstance(module, JointProjections) and module.joint is not None:
-            modules.append(module.joint.linear)
+            joint.append(module.joint.linear)
             parts |= {id(module[name]) for name in module.TOGETHER}
     return [
         (module, name)
-        for module in modules
+        for module in [*(module for _, module in modules), *joint]
         if id(module) not in parts
         for name, value in module.items()
         if isinstance(value, mx.array)

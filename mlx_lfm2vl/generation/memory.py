@@ -27,7 +27,7 @@ class MemoryLimits:
 
     Attributes:
         users: how many answers each model is giving, by its id.
-        nbytes: of each of these models.
+        nbytes: of each of these models, on Metal.
     """
 
     def __init__(self) -> None:
@@ -44,9 +44,9 @@ class MemoryLimits:
             if self.users[id(model)] > 1:
                 return
             try:
-                arrays = tree_flatten(model.parameters())
-                self.nbytes[id(model)] = sum(array.nbytes for _, array in arrays)
-                self._set(sum(self.nbytes.values()))
+                self._limit_cache()
+                if backend() == "metal":
+                    self._wire(model)
             except BaseException:
                 self.end(model)
                 raise
@@ -64,17 +64,21 @@ class MemoryLimits:
             finally:
                 self._restore()
 
-    def _set(self, nbytes: int) -> None:
-        """Limits for models of so many bytes: a quarter more, at most what the machine advises."""
+    def _limit_cache(self) -> None:
         if self.cache_before is None:
             self.cache_before = mx.set_cache_limit(CACHE_LIMIT)
             if self.cache_before < CACHE_LIMIT:
                 mx.set_cache_limit(self.cache_before)
-        if backend() == "metal":
-            most = int(mx.device_info()["max_recommended_working_set_size"])
-            before = mx.set_wired_limit(min(most, nbytes + nbytes // 4))
-            if self.wired_before is None:
-                self.wired_before = before
+
+    def _wire(self, model: nn.Module) -> None:
+        """A limit for all models: their size and a quarter, at most what the machine advises."""
+        arrays = tree_flatten(model.parameters())
+        self.nbytes[id(model)] = sum(array.nbytes for _, array in arrays)
+        nbytes = sum(self.nbytes.values())
+        most = int(mx.device_info()["max_recommended_working_set_size"])
+        before = mx.set_wired_limit(min(most, nbytes + nbytes // 4))
+        if self.wired_before is None:
+            self.wired_before = before
 
     def _restore(self) -> None:
         self.users.clear()

@@ -274,12 +274,12 @@ def _object_schema(properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, **closed}
 
 
-def guided(schema: Any) -> dict[str, Any]:
-    """Settings that keep answers to a schema, if llguidance is installed; nothing is made up.
+def guided(schema: Any, close: bool = False) -> dict[str, Any]:
+    """Settings that keep answers to a schema, if llguidance is installed.
 
     Without it the model answers freely, and what is whole of its answer is read.
     """
-    return {"schema": schema, "close": False} if can_constrain() else {}
+    return {"schema": schema, "close": close} if can_constrain() else {}
 
 
 class Reading:
@@ -455,6 +455,7 @@ def extract(
 
     Args:
         fields: a description for each name, such as `{"total": "the sum to be paid"}`.
+        max_tokens: an answer that would be longer is cut, and what is missing of it is empty.
 
     Raises:
         PromptError: no fields.
@@ -470,7 +471,7 @@ def extract(
     ]
     schema = _object_schema({name: {"type": "string"} for name in fields})
     settings: Any = {"max_tokens": max_tokens, "temperature": 0.0, "image_options": image_options}
-    text = generate(model, processor, messages, **settings, **guided(schema))
+    text = generate(model, processor, messages, **settings, **guided(schema, close=True))
     value, _ = _object_at(json.JSONDecoder(), text, max(text.find("{"), 0))
     if not value or not isinstance(value, dict):
         raise AnswerError(f"the answer is no JSON object: {text!r:.200}")

@@ -57,6 +57,13 @@ class Served:
     def post(self, path, body=None, **options):
         return httpx2.post(self.url + path, json=body, timeout=WAIT, **options)
 
+    def logged(self, request):
+        """The entry of a request in the log, which comes after the answer."""
+        before = len(self.log)
+        answer = request()
+        until(lambda: len(self.log) > before)
+        return answer, self.log[before]
+
     def stop(self):
         """A second signal, so that it ends at once."""
         for client in self.clients:

@@ -8,7 +8,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info
 GOOD := $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info >= (3, 11) else "")' 2>/dev/null)
 FOUND := $(if $(VERSION),Python $(VERSION),no Python that runs)
 
-.PHONY: demo install test lint format clean
+.PHONY: demo install test test-all lint format clean
 
 # the model that comes with the package answers a question and draws what it finds
 demo: $(VENV)/demo
@@ -38,6 +38,10 @@ $(VENV)/installed: $(VENV)/python-$(VERSION) pyproject.toml
 
 test: install lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# the tests that take minutes, too
+test-all: install lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
 
 lint: install
 	$(BIN)/ruff check .

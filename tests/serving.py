@@ -61,8 +61,14 @@ class Served:
         """The entry of a request in the log, which comes after the answer."""
         before = len(self.log)
         answer = request()
-        until(lambda: len(self.log) > before)
-        return answer, self.log[before]
+        found = []  # an entry of a request before may come late
+
+        def comes():
+            found[:] = [e for e in self.log[before:] if e["status"] == answer.status_code]
+            return found
+
+        until(comes)
+        return answer, found[0]
 
     def stop(self):
         """A second signal, so that it ends at once."""

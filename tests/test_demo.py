@@ -192,6 +192,7 @@ def hearts_told(adapter_path=None):
     )
 
 
+@pytest.mark.slow
 def test_a_short_lora_run_teaches_a_new_word(tmp_path):
     """The commands of the README as they stand."""
     assert hearts_told() == 0

@@ -48,6 +48,7 @@ def steady(loaded):
     return check
 
 
+@pytest.mark.slow
 def test_5000_tokens_in_a_bounded_cache(loaded, steady):
     model, processor = loaded()
     ids = processor("Count!").token_ids
@@ -55,6 +56,7 @@ def test_5000_tokens_in_a_bounded_cache(loaded, steady):
     steady(lambda: list(generate_step(ids, model, max_tokens=1000, cache_options=options)), 5)
 
 
+@pytest.mark.slow
 def test_200_turns(loaded, steady):
     session = Session(*loaded())
     session.see(picture(60, 40))
@@ -67,12 +69,14 @@ def test_200_turns(loaded, steady):
     steady(turn, 200)
 
 
+@pytest.mark.slow
 def test_200_questions(loaded, steady):
     session = Session(*loaded())
     session.see(picture(60, 40))
     steady(lambda: session.ask("What is it?", sampling=GREEDY, max_tokens=3), 200)
 
 
+@pytest.mark.slow
 def test_50_batches(loaded, steady):
     image = picture(60, 40)
     requests = [Question("What?", image, max_tokens=n + 1, sampling=GREEDY) for n in range(5)]

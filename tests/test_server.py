@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import threading
 from dataclasses import asdict, fields
 from typing import Annotated, ClassVar, Literal
@@ -15,6 +16,7 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from mlx_lfm2vl import Sampling, generate, load
+from mlx_lfm2vl.serving.http.page import read_page
 
 from .helpers import FIXTURES
 from .serving import PICTURE, WAIT, data_url, see, serving, until
@@ -627,3 +629,23 @@ def test_boxes(served, parts):
                   {"image": "data:,x", "query": "a"}, {"image": data_url(), "query": [" "]},
                   {"image": data_url(), "query": "a", "temperature": 1}):  # fmt: skip
         assert served.post("/v1/detect", wrong).status_code == 400
+
+
+def test_the_page_needs_nothing_else():
+    html, headers = read_page()
+    assert len(html.splitlines()) <= 600
+    assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", html)
+    assert not re.search(r"\sstyle=|\son\w+=[\"']|innerHTML|eval\(", html)
+    policy = headers["Content-Security-Policy"]
+    assert "unsafe" not in policy
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+
+
+def test_where_the_page_is():
+    with serving() as served:
+        answer = served.get("/")
+        assert answer.headers["content-type"] == "text/html; charset=utf-8"
+        again = served.get("/", headers={"if-none-match": answer.headers["etag"]})
+        assert (again.status_code, again.text) == (304, "")
+    with serving(page=False) as served:
+        assert served.get("/").status_code == 404

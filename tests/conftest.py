@@ -127,3 +127,16 @@ def loaded():
 @pytest.fixture(scope="session")
 def wide():
     return random_language_model("conv", "full_attention", "full_attention")
+
+
+@pytest.fixture(scope="module")
+def small_matrix():
+    """The machine's bandwidth is not what is tested."""
+    from mlx_lfm2vl.measuring.machine import measure_bandwidth
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "mlx_lfm2vl.measuring.stages.measure_bandwidth",
+            lambda dtype, rounds: measure_bandwidth(dtype, rounds, 1 << 18),
+        )
+        yield

@@ -25,19 +25,9 @@ from mlx_lfm2vl.models.siglip2 import PATCHES_PER_GROUP, Siglip2VisionModel
 
 from .checkpoints.pictures import picture
 
+pytestmark = pytest.mark.usefixtures("small_matrix")
 FAST = {"rounds": 2, "max_tokens": 3, "rows": 2}
 STAGES = ("preprocess", "vision", "prefill", "first_question", "second_question", "decode")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_matrix():
-    """The machine's bandwidth is not what is tested."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "mlx_lfm2vl.measuring.stages.measure_bandwidth",
-            lambda dtype, rounds: measure_bandwidth(dtype, rounds, 1 << 18),
-        )
-        yield
 
 
 @pytest.fixture

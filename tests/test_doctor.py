@@ -19,26 +19,16 @@ from mlx_lfm2vl.checkpoints.hub import DEMO_FOLDER
 from mlx_lfm2vl.cli.doctor import as_text, main
 from mlx_lfm2vl.measuring import diagnosis, health
 from mlx_lfm2vl.measuring.diagnosis import NOTE, OK, WRONG, CachedModel
-from mlx_lfm2vl.measuring.machine import Chip, measure_bandwidth
+from mlx_lfm2vl.measuring.machine import Chip
 from mlx_lfm2vl.models import layers, lfm2
 
+pytestmark = pytest.mark.usefixtures("small_matrix")
 CPU, M2, M3, M5 = (
     Chip("some processor"),
     Chip("Apple M2 Max", "applegpu_g14s"),
     Chip("Apple M3", "applegpu_g15g"),
     Chip("Apple M5", "applegpu_g17g"),
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_matrix():
-    """The machine's bandwidth is not what is tested."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "mlx_lfm2vl.measuring.stages.measure_bandwidth",
-            lambda dtype, rounds: measure_bandwidth(dtype, rounds, 1 << 18),
-        )
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -277,9 +267,10 @@ def test_memory(tmp_path):
 
 @pytest.fixture
 def cached(monkeypatch, tmp_path):
-    """A download cache with an LFM2-VL model, another model, and a broken one."""
+    """A download cache with an LFM2-VL model, another model, and broken ones."""
     configs = {"LiquidAI/small": '{"model_type": "lfm2_vl"}', "a/other": '{"model_type": "x"}'}
-    for name, config in {**configs, "a/broken": "["}.items():
+    broken = {"a/broken": "[", "a/deep": '{"a":' * 100_000}
+    for name, config in {**configs, **broken}.items():
         folder = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / "1"
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(config)
@@ -355,4 +346,4 @@ def test_the_workflow_asks_the_doctor_of_a_mac_first():
     *_, doctor, test = job["steps"]
     assert doctor["if"] == "runner.os == 'macOS'"
     assert doctor["run"].endswith("-m mlx_lfm2vl.doctor\n")
-    assert test["run"] == "make test"
+    assert test["run"] == "make test-all"

@@ -54,12 +54,20 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; errors as for `read_text`, and a ConfigError if it is no such."""
     text = read_text(path)
     try:
-        data = json.loads(text, parse_constant=_no_number, parse_float=_finite)
-    except (ValueError, RecursionError) as error:  # numbers of 5000 digits, 10⁵ brackets
+        data = parse_json(text)
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a JSON {type(data).__name__}; it must be an object")
     return data
+
+
+def parse_json(text: str) -> Any:
+    """A JSON value; a ValueError for what is none, such as NaN, 1e999 or 10⁵ brackets."""
+    try:
+        return json.loads(text, parse_constant=_no_number, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _no_number(name: str) -> None:

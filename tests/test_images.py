@@ -145,6 +145,8 @@ def test_the_same_image_from_every_source(tmp_path):
         tmp_path / "a.png",
         str(tmp_path / "a.png"),
         "data:image/png;base64," + base64.b64encode(data).decode(),
+        # as many programs write it
+        "data:image/png;BASE64," + base64.urlsafe_b64encode(data).decode().rstrip("="),
     ]
     for source in sources:
         assert np.array_equal(load_image(source), image)

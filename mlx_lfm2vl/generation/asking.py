@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Unpack, cast
 
@@ -9,7 +10,6 @@ import mlx.core as mx
 
 from ..errors import PromptError
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
-from ..prompts.constraint import Constraint
 from ..prompts.image_processor import ImageInput
 from ..prompts.messages import Conversation
 from ..prompts.processor import Lfm2VlProcessor, Prompt
@@ -47,13 +47,13 @@ def value_of(responses: Iterable[GenerationResponse]) -> Any:
     text = ""
     for response in responses:
         text += response.text
-    value = Constraint("json", "{}").parse(text)
-    if value is None and text != "null":
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
         raise PromptError(
             f"the answer is no whole JSON document; it ended by {response.finish_reason} after "
             f"{response.generation_tokens} tokens with {text[-40:]!r}"
-        )
-    return value
+        ) from None
 
 
 def choose(

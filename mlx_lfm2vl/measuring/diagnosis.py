@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from ..checkpoints.hub import DEMO_FOLDER
 from ..errors import Lfm2VlError
+from ..files import read_json
 from ..models.config import MODEL_TYPES
 from .health import NOTE, OK, WRONG, Finding, examine
 from .machine import Chip, Machine, this_chip, this_machine
@@ -174,10 +175,9 @@ def cached_models() -> Iterator[CachedModel]:
 def is_model(folder: Path) -> bool:
     """Whether a folder says that it holds an LFM2-VL model."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / "config.json").get("model_type") in MODEL_TYPES
+    except Lfm2VlError:
         return False
-    return isinstance(config, dict) and config.get("model_type") in MODEL_TYPES
 
 
 def weight_bytes(folder: Path) -> int:

@@ -187,7 +187,7 @@ def _file(image: Any) -> BinaryIO:
 
         data = read_url(image)
     elif isinstance(image, str) and image[:5].lower() == "data:":
-        data = _decode_data_url(image)
+        data = decode_data_url(image)
     elif isinstance(image, (str, Path)):
         return _open_file(image)
     elif hasattr(image, "read"):
@@ -221,14 +221,18 @@ def _check_length(length: int) -> None:
         raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
 
 
-def _decode_data_url(url: str) -> bytes:
+def decode_data_url(url: str) -> bytes:
+    """The bytes of a base64 `data:` URL; padding may be missing, the alphabet that of URLs."""
     import base64
+    from urllib.parse import unquote
 
     header, comma, data = url.partition(",")
-    if not comma or not header.endswith(";base64"):
+    if not comma or not header.lower().endswith(";base64"):
         raise ImageError("data URL must look like data:image/png;base64,…")
+    text = unquote(data) if "%" in data else data
+    text = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
     try:
-        return base64.b64decode(data, validate=True)
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError as error:
         raise ImageError(f"data URL is not valid base64: {error}") from None
 

@@ -9,6 +9,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from ...errors import reason
+from ...files import parse_json
 from .errors import HttpError
 
 BODY_SECONDS = 60.0
@@ -45,19 +46,13 @@ async def read_json(request: Request, max_bytes: int, seconds: float = BODY_SECO
 def parse(body: bytes | bytearray) -> Any:
     """A JSON value; no number without end, no half characters."""
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        value = parse_json(body.decode("utf-8"))
         if b"\\ud" in body.lower() and not _is_text(value):
             raise ValueError("a text holds half a character")
         return value
-    except RecursionError:
-        raise HttpError(400, "the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:
         why = f"the body is not valid JSON: {reason(error)}"
         raise HttpError(400, why, code="invalid_json") from None
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _is_text(value: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import os
 from collections import OrderedDict
@@ -16,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 from ...errors import ImageError, one_line
 from ...options import ImageOptions
 from ...prompts.image_processor import ImagePlan, ProcessedImage
-from ...prompts.image_source import image_size, read_image_file
+from ...prompts.image_source import decode_data_url, image_size, read_image_file
 from ...prompts.processor import Lfm2VlProcessor
 from ...prompts.url_reader import read_url
 from .errors import HttpError
@@ -146,19 +145,6 @@ class Images:
         raise ImageError(
             f"{one_line(url[:100])} is no image for this server; send a data: URL or an http(s) URL"
         )
-
-
-def decode_data_url(url: str) -> bytes:
-    """The bytes of a base64 `data:` URL; padding may be missing, the alphabet that of URLs."""
-    header, comma, data = url.partition(",")
-    if not comma or not header.lower().endswith(";base64"):
-        raise ImageError("data URL must look like data:image/png;base64,…")
-    text = unquote(data) if "%" in data else data
-    text = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
-    try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except ValueError as error:
-        raise ImageError(f"data URL is not valid base64: {error}") from None
 
 
 def inside(root: Path, path: str) -> Path:

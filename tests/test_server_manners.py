@@ -196,6 +196,23 @@ def test_what_goes_wrong_in_a_stream_is_its_last_event(served, gate):
                 list(stream)
 
 
+def test_an_answer_takes_one_place(served, monkeypatch):
+    """Also while its request is still being read; others would be refused too early."""
+    run, seen = served.service.run, []
+
+    async def looking(*arguments):
+        made = await run(*arguments)
+        seen.append(served.service.answers)
+        return made
+
+    until(lambda: served.service.answers == 0)
+    monkeypatch.setattr(served.service, "run", looking)
+    for n in (1, 3):
+        body = {"messages": see(), "n": n, "max_tokens": 40}
+        assert served.post("/v1/chat/completions", body).status_code == 200
+    assert seen == [1, 3]
+
+
 def test_an_error_of_the_server_is_told_without_details(served, monkeypatch):
     def broken(*arguments):
         raise ZeroDivisionError("secret")

@@ -178,6 +178,7 @@ class Endpoints:
         with service.place():
             ask = read(await read_json(request, service.options.max_body))
             run = await or_gone(request, service.run(ask, started))
+        run.holds_place = False
         headers = {"x-model": service.name.encode("ascii", "replace").decode()}
         if ask.stream:
             writing = stream(run, writer(run), event, last)
@@ -195,6 +196,7 @@ class Endpoints:
         with service.place():
             ask = read_detect(await read_json(request, service.options.max_body))
             run, readings, size = await or_gone(request, service.detect(ask, started))
+        run.holds_place = False
         try:
             await or_gone(request, run.finish())
             return JSONResponse(write_detect(run, readings, size))

@@ -119,6 +119,7 @@ class Run:
         started: when it was asked, by `time.perf_counter`.
         seconds: that it may take.
         waited: seconds to the first token, once that has come.
+        holds_place: whether its request still has a place of its own in the queue.
     """
 
     def __init__(
@@ -128,11 +129,13 @@ class Run:
         self.ask, self.model, self.choices = ask, model, choices
         self.started, self.seconds = started, seconds
         self.waited: float | None = None
+        self.holds_place = True
 
     @property
     def left(self) -> int:
-        """How many of its answers have not ended."""
-        return sum(not choice.pending.done for choice in self.choices)
+        """How many of its answers have not ended, without one that its request stands for."""
+        left = sum(not choice.pending.done for choice in self.choices)
+        return max(0, left - self.holds_place)
 
     async def news(self) -> AsyncGenerator[list[Update], None]:
         """What comes of all answers; an empty list if nothing did for a while.

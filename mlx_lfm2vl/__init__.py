@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         ModelNotFoundError,
         PromptError,
         SnapshotError,
+        SourceError,
         TrainError,
         WeightsError,
     )  # fmt: skip
@@ -57,9 +58,12 @@ if TYPE_CHECKING:
     from .prompts.question import Question
     from .prompts.tool_calls import ToolCall, parse_calls
     from .prompts.tool_grammar import function_schema
+    from .serving.frames import Frame, Frames, frames
+    from .serving.gate import Gate
     from .serving.pending import AnswerCancelled, PendingAnswer
     from .serving.prefixes import PrefixStore
     from .serving.session import Session, Usage
+    from .serving.watch import Sighting, Watch, watch
     from .serving.worker import Worker
     from .training.data import read_dataset
     from .training.options import TrainingOptions
@@ -74,7 +78,7 @@ _EXPORTS = {
         "conversion.plan": "convert",
         "conversion.recipes": "Quantization",
         "errors": "AnswerError ConfigError ConvertError DataError ImageError Lfm2VlError "
-        "ModelNotFoundError PromptError SnapshotError TrainError WeightsError",
+        "ModelNotFoundError PromptError SnapshotError SourceError TrainError WeightsError",
         "generation.answer": "GenerationResponse",
         "generation.asking": "ask_json choose",
         "generation.batch": "BatchResult batch_generate stream_batch",
@@ -92,9 +96,12 @@ _EXPORTS = {
         "prompts.question": "Question",
         "prompts.tool_calls": "ToolCall parse_calls",
         "prompts.tool_grammar": "function_schema",
+        "serving.frames": "Frame Frames frames",
+        "serving.gate": "Gate",
         "serving.pending": "AnswerCancelled PendingAnswer",
         "serving.prefixes": "PrefixStore",
         "serving.session": "Session Usage",
+        "serving.watch": "Sighting Watch watch",
         "serving.worker": "Worker",
         "training.data": "read_dataset",
         "training.options": "TrainingOptions",

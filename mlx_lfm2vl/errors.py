@@ -21,6 +21,10 @@ class ImageError(Lfm2VlError, ValueError):
     """An image cannot be found, read or processed."""
 
 
+class SourceError(Lfm2VlError, ValueError):
+    """A camera, screen, film, stream or folder of pictures cannot be found or read."""
+
+
 class PromptError(Lfm2VlError, ValueError):
     """A prompt, a conversation or a generation setting makes no sense."""
 

@@ -135,7 +135,7 @@ class Gate:
 # what is imported
 
 HEAVY = ("transformers", "torch", "mlx_lm", "numpy", "PIL", "jinja2", "huggingface_hub")
-HEAVY += ("starlette", "uvicorn", "llguidance")
+HEAVY += ("starlette", "uvicorn", "llguidance", "av", "mss", "tkinter")
 # printed after everything else, so that the last line of stdout is the list
 REPORT = """
 import atexit, json, sys

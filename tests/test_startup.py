@@ -51,7 +51,7 @@ ROOMS = (
 )
 DOORS = (
     *("__main__", "batch", "benchmark", "convert", "detect", "doctor", "fuse", "generate"),
-    *("serve", "train"),
+    *("serve", "train", "watch"),
 )
 Module = tuple[str, ...]
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": "answer a question about images, or talk with --chat",
     "detect": "find things in images: boxes with scores, drawn or as JSON",
     "batch": "ask the same about a folder of images",
+    "watch": "ask about a camera, screen or film whenever its picture changes",
     "serve": "OpenAI's protocol over HTTP, and a page to ask about images",
     "convert": "convert and quantize a checkpoint, or compare conversions",
     "train": "fine-tune on conversations about images",

@@ -216,7 +216,7 @@ def read_keys(path: Path, settings: str) -> tuple[set[Key], int]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n") and _is_torn(line):
+                if not line.endswith(b"\n") and is_torn(line, LINE_START):
                     break
                 keys.add(_key(line, f"{path}, line {number}", settings))
                 end += len(line)
@@ -225,10 +225,10 @@ def read_keys(path: Path, settings: str) -> tuple[set[Key], int]:
     return keys, end
 
 
-def _is_torn(line: bytes) -> bool:
+def is_torn(line: bytes, start: bytes) -> bool:
     """Whether this is the beginning of an entry, and nothing that a user has written."""
-    start = LINE_START[: len(line)]
-    return line.startswith(start) or not line.strip(b"\0")  # a power cut may leave zeros
+    # a power cut may leave zeros
+    return line.startswith(start[: len(line)]) or not line.strip(b"\0")
 
 
 def _key(line: bytes, place: str, settings: str) -> Key:

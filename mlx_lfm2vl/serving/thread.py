@@ -23,6 +23,7 @@ from ..errors import Lfm2VlError
 from ..generation.answer import GenerationResponse
 from ..generation.engine import AnswerRow, Engine, Event
 from ..generation.memory import memory_limits
+from ..models.config import Lfm2VlConfig
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..prompts.processor import Lfm2VlProcessor, Prompt
 from ..prompts.question import Question
@@ -86,6 +87,8 @@ class EngineThread(threading.Thread):
         self.closed = False
         self.ending = False  # with the last answer
         self.loaded = threading.Event()
+        self.config: Lfm2VlConfig | None = None
+        self.processor: Lfm2VlProcessor | None = None
         self.error: BaseException | None = None  # what a question meets that comes too late
         self.latest: weakref.WeakValueDictionary[str, PendingAnswer] = weakref.WeakValueDictionary()
         self.waiting: deque[Job] = deque()
@@ -150,6 +153,7 @@ class EngineThread(threading.Thread):
 
     def _work(self, load: Callable[[], Parts]) -> None:
         model, processor = load()
+        self.config, self.processor = model.config, processor
         self.loaded.set()
         engine = Engine(model, processor, max_rows=self.batch_size, prefixes=self.prefixes)
         with memory_limits(model):

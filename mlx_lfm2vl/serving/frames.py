@@ -10,7 +10,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import count
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 POLL = 0.2  # seconds: between looks at a folder, and for which nothing else waits longer
 STALL = 10.0  # seconds without a picture that are worth a line
-LONGEST_PAUSE = 30.0  # seconds between tries to open a source again; the first are short
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between tries to open a source again
 NETWORK_TIMEOUT = (10.0, 10.0)  # seconds: to open, to read
 FRAME_RATES = (30, 25, 15)  # many cameras refuse FFmpeg's default, 29.97
 SCREEN_RATE = 10  # pictures in a second
@@ -273,9 +272,10 @@ class _Reader:
             self.frames: Any = self.live(images)
         elif kind == "folder":
             self.frames = self.folder(target)
+        elif kind == "lavfi":
+            self.frames = self.film(target, kind)
         else:
-            # a file's name may look like another protocol's
-            self.frames = self.film(*(("file:" + target, None), (target, kind))[kind == "lavfi"])
+            self.frames = self.film(f"file:{target}", None)  # its name may look like a protocol's
 
     # ---- live sources
 
@@ -284,20 +284,22 @@ class _Reader:
         begun, numbers, pause = time.monotonic(), count(self.start), 0.0
         seen = told = False
         while not self.closed.is_set():
+            opened = time.monotonic()
             try:
                 for image in images():
                     if told:
                         self.tell(f"{self.name} is back")
-                    seen, told, pause = True, False, 0.0
+                    seen, told = True, False
                     yield Frame(image, time.monotonic() - begun, next(numbers))
                 return
             except SourceError as error:
                 if not seen:
                     raise
-                if not told:
+                if not told and not self.closed.is_set():
                     self.tell(f"{error}; trying again until it is back")
                 told = True
-            pause = min(max(0.5, 2 * pause), LONGEST_PAUSE)
+            lasted = time.monotonic() - opened > LONGEST_PAUSE
+            pause = FIRST_PAUSE if lasted else min(max(FIRST_PAUSE, 2 * pause), LONGEST_PAUSE)
             self.closed.wait(pause)
 
     def camera(self) -> Iterator[Image.Image]:
@@ -310,21 +312,24 @@ class _Reader:
         kind = "avfoundation" if macos else "v4l2"
         for rate in FRAME_RATES:
             try:
-                with self.opened(device, kind, {"framerate": str(rate)}) as container:
-                    yield from (_upright(frame) for frame in self.decoded(container))
-                    raise SourceError(f"{self.name} has broken off")
-            except _NotOpened:
+                container = self.open(device, kind, {"framerate": str(rate)})
+                break
+            except SourceError:
                 if rate == FRAME_RATES[-1]:
                     raise
+        with container:
+            yield from (_upright(frame) for frame in self.decoded(container))
+        raise SourceError(f"{self.name} has broken off")
 
     def stream(self) -> Iterator[Image.Image]:
         """The pictures of a stream; it ends if it is a film, whose length is known."""
         url = self.source.target
         options = {"rtsp_transport": "tcp"} if url.lower().startswith("rtsp") else {}
-        with self.opened(url, None, options) as container:
+        with self.open(url, None, options) as container:
             yield from (_upright(frame) for frame in self.decoded(container))
-            if container.duration is None:
-                raise SourceError(f"{self.name} has broken off")
+            endless = container.duration is None
+        if endless:
+            raise SourceError(f"{self.name} has broken off")
 
     def screen(self) -> Iterator[Image.Image]:
         """The pictures of a screen, or of a part of it."""
@@ -368,7 +373,7 @@ class _Reader:
     def film(self, url: str, kind: str | None) -> Iterator[Frame]:
         """The frames of a film, at its own speed if it is to play so."""
         seconds, first, begun = 0.0, None, None
-        with self.opened(url, kind) as container:
+        with self.open(url, kind) as container:
             [stream, *_] = container.streams.video
             stream.thread_type = "AUTO"
             for number, frame in enumerate(self.decoded(container)):
@@ -419,8 +424,7 @@ class _Reader:
 
     # ---- PyAV
 
-    @contextmanager
-    def opened(self, url: str, kind: str | None, options: dict[str, str] | None = None) -> Any:
+    def open(self, url: str, kind: str | None, options: dict[str, str] | None = None) -> Any:
         """A container with pictures."""
         import av
 
@@ -429,11 +433,11 @@ class _Reader:
             container = av.open(url, format=kind, options=options, timeout=timeout)
         except (av.FFmpegError, ValueError) as error:
             hint = _permission(self.source.kind, isinstance(error, PermissionError))
-            raise _NotOpened(f"{self.name} cannot be opened: {reason(error)}{hint}") from None
-        with container:
-            if not container.streams.video:
-                raise _NotOpened(f"{self.name} holds no pictures")
-            yield container
+            raise SourceError(f"{self.name} cannot be opened: {reason(error)}{hint}") from None
+        if not container.streams.video:
+            container.close()
+            raise SourceError(f"{self.name} holds no pictures")
+        return container
 
     def decoded(self, container: Any) -> Iterator[Any]:
         """The frames of a container; damaged ones are left out, and told once."""
@@ -455,10 +459,6 @@ class _Reader:
                 self.closed.wait(0.01)
             except av.FFmpegError as error:
                 raise SourceError(f"{self.name} has broken off: {reason(error)}") from None
-
-
-class _NotOpened(SourceError):
-    """A source that cannot be opened, in distinction from one that breaks off."""
 
 
 def _upright(frame: Any) -> Image.Image:

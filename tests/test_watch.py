@@ -1,0 +1,519 @@
+"""Watching: frames, the gate, what is asked and written, and what goes wrong meanwhile."""
+
+import http.server
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from mlx_lfm2vl import (
+    ConfigError,
+    Gate,
+    PromptError,
+    SourceError,
+    Worker,
+    detect,
+    frames,
+    generate,
+    load,
+    watch,
+)
+from mlx_lfm2vl.cli import watch as command
+from mlx_lfm2vl.serving import frames as module
+from mlx_lfm2vl.serving import watch as watch_module
+from mlx_lfm2vl.serving.frames import Frames, Source
+from mlx_lfm2vl.serving.watch import Recorded
+
+from .checkpoints.pictures import picture
+from .helpers import FIXTURES, WAIT
+from .helpers import Gate as Held
+
+av = pytest.importorskip("av")
+ROOT = Path(__file__).parents[1]
+V5 = FIXTURES / "v5"
+EVENTS = (70, 150, 230)  # frames of the film in which something appears
+SETTLED = [frame + 8 for frame in (0, *EVENTS)]  # 0.3 s later
+QUESTION = ("--model", V5, "--ask", "What is it?", "-m", "2")
+
+
+def write_film(path, images, rate=25, codec="mpeg4"):
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream(codec, rate=rate)
+        stream.width, stream.height = images[0].size
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 4_000_000
+        for image in images:
+            film.mux(stream.encode(av.VideoFrame.from_image(image)))
+        film.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """300 frames with noise, a lamp that flickers, a cursor that blinks, and three events."""
+    rng, images = np.random.default_rng(0), []
+    noise = rng.normal(0, 6, (8, 360, 640, 3)).astype(np.int16)
+    for number in range(300):
+        image = Image.new("RGB", (640, 360), (200, 200, 200))
+        draw = ImageDraw.Draw(image)
+        if number >= EVENTS[0]:
+            draw.text((40, 40), "error: the disk is full", fill="black", font_size=26)
+        if number >= EVENTS[1]:
+            draw.rectangle((500, 100, 550, 140), fill="yellow")
+        if number >= EVENTS[2]:
+            draw.ellipse((300, 200, 350, 250), fill=(120, 120, 160))
+        if number // 15 % 2:
+            draw.rectangle((20, 300, 23, 318), fill="black")
+        light = np.roll(noise[number % 8], number, 0) + round(2 * np.sin(number / 7))
+        images.append(Image.fromarray((image + light).clip(0, 255).astype(np.uint8)))
+    return write_film(tmp_path_factory.mktemp("film") / "film.mp4", images)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """30 frames, each different from all others."""
+    images = [Image.fromarray(picture(64, 48, number)) for number in range(30)]
+    return write_film(tmp_path_factory.mktemp("short") / "short.mkv", images)
+
+
+@pytest.fixture(scope="module")
+def worker():
+    with Worker(V5, "float32") as worker:
+        yield worker
+
+
+@pytest.fixture
+def run(capfd):
+    """Runs the command in this process; returns (exit code, lines, lines of standard error)."""
+
+    def call(*arguments, flags=QUESTION):
+        with pytest.raises(SystemExit) as end:
+            command.main([str(part) for part in (*flags, *arguments)])
+        out, err = capfd.readouterr()
+        return end.value.code, out.splitlines(), err.splitlines()
+
+    return call
+
+
+def entries(path):
+    data = path.read_bytes()
+    assert data.endswith(b"\n")
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def numbers(path):
+    return [entry["frame"] for entry in entries(path)]
+
+
+def of_color(shade, size=(64, 36)):
+    return Image.new("RGB", size, (shade, shade, shade))
+
+
+# ---- the gate
+
+
+def test_the_gate_finds_each_event_and_little_else(film):
+    gate = Gate()
+    with frames(film) as source:
+        asked = [frame.number for frame in source if gate(frame.image, frame.seconds)]
+    assert asked == SETTLED
+    assert not gate.end()
+    assert len(asked) / 300 < 0.03
+
+
+def test_mean_brightness_finds_no_event(film):
+    """Why the gate compares areas: the lamp changes the mean more than any event does."""
+    with frames(film) as source:
+        means = np.array([np.asarray(frame.image.convert("L")).mean() for frame in source])
+    threshold = np.ptp(means[: EVENTS[0]])  # lower ones find the lamp instead
+    asked, found = means[0], []
+    for number, mean in enumerate(means):
+        if abs(mean - asked) > threshold:
+            asked = mean
+            found.append(number)
+    assert found == []
+
+
+def test_a_change_is_asked_about_when_it_has_settled():
+    gate = Gate(settle=0.3)
+    shades = [0, 0, 0, 0, 50, 50, 100, 100, 100, 100, 100, 0, 100]
+    asked = [i for i, shade in enumerate(shades) if gate(of_color(shade), i / 10)]
+    assert asked == [3, 9]
+    assert gate.share == 0
+    assert gate(of_color(0), 1.3) is False, "it has just come"
+    assert gate.share == 1
+    assert gate.end(), "no other follows in which it could settle"
+    assert not gate.end()
+
+
+def test_a_picture_that_never_settles_is_asked_about_when_patience_ends():
+    gate = Gate(settle=0.3, patience=1)
+    assert [i for i in range(31) if gate(of_color(8 * i), i / 10)] == [10, 22]
+
+
+@pytest.mark.parametrize(("pixels", "levels", "asked"), [(115, 14, False), (116, 14, True),
+                                                         (5000, 12, False), (5000, 13, True)])  # fmt: skip
+def test_how_much_must_change(pixels, levels, asked):
+    """More than 0.2 % of 320x180 pixels by more than 12 grey levels."""
+    gate = Gate(settle=0)
+    gate.take(Image.new("L", (320, 180), 100), 0)
+    changed = np.full(320 * 180, 100, np.uint8)
+    changed[:pixels] += levels
+    assert gate(Image.fromarray(changed.reshape(180, 320)), 1) is asked
+
+
+def test_slow_changes_add_up():
+    """Each picture is like the one before, but not like the one that was asked about."""
+    gate = Gate(settle=0)
+    asked = [shade for shade in range(0, 60, 4) if gate(of_color(shade), shade)]
+    assert asked == [0, 16, 32, 48]
+
+
+def test_every_and_zero_change():
+    gate = Gate(changed=0, every=0.5)
+    assert [i for i in range(13) if gate(of_color(0), i / 10)] == [0, 5, 10]
+    gate = Gate(settle=0, every=1)
+    assert [i for i in range(5) if gate(of_color(50 * i), i * 0.6)] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("wrong", [{"changed": 1.5}, {"settle": -1}, {"level": 0.5}, {"every": "1"}])
+def test_gates_that_make_no_sense(wrong):
+    with pytest.raises(ConfigError, match=f"^{next(iter(wrong))} is .* must be "):
+        Gate(**wrong)
+
+
+# ---- frames
+
+
+def test_a_film_gives_every_frame(short):
+    with frames(short) as source:
+        found = list(source)
+    assert [frame.number for frame in found] == list(range(30))
+    assert [frame.seconds for frame in found] == pytest.approx([i / 25 for i in range(30)], abs=2e-3)
+    assert {(frame.image.mode, frame.image.size) for frame in found} == {("RGB", (64, 48))}
+    later = list(frames(short, start=20))
+    assert [frame.number for frame in later] == list(range(20, 30))
+    assert all(map(np.array_equal, *([f.image for f in part] for part in (found[20:], later))))
+
+
+def test_a_film_is_upright(tmp_path):
+    image = Image.new("RGB", (64, 32))
+    image.paste("white", (0, 0, 64, 8))
+    path = tmp_path / "turned.mp4"
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        if not hasattr(stream, "set_display_rotation"):
+            pytest.skip("this PyAV cannot write turned films")
+        stream.set_display_rotation(90)
+        film.mux(stream.encode(av.VideoFrame.from_image(image)))
+        film.mux(stream.encode())
+    [frame] = frames(path)
+    assert frame.image.size == (32, 64)
+    columns = np.asarray(frame.image.convert("L")).mean(0)
+    assert columns[:6].min() > 180, "counterclockwise: what was above is at the left"
+    assert columns[10:].max() < 80
+
+
+def test_a_film_in_real_time_drops_what_nobody_takes():
+    with frames("lavfi:testsrc=size=64x48:rate=100:duration=0.5", realtime=True) as source:
+        begun, found = time.monotonic(), []
+        for frame in source:
+            found.append(frame)
+            time.sleep(0.1)
+    assert time.monotonic() - begun > 0.4
+    assert found[-1].number == 49, "the last one is never dropped"
+    assert len(found) + source.dropped == 50
+    assert 2 <= len(found) <= 8
+
+
+def test_a_forgotten_source_is_let_go(monkeypatch):
+    source = frames("lavfi:testsrc=size=64x48:rate=100", realtime=True)
+    thread = source._newest.thread
+    next(source)
+    del source
+    thread.join(WAIT)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("no/such.mp4", "no/such.mp4 does not exist; a source is camera"),
+        ("screen@1,2", "screen@1,2 does not exist; a source is camera"),
+        ("screen@0,0,0,9", "screen@0,0,0,9 is empty; width and height must be 1 or more"),
+        ("gopher://host/film", "gopher://host/film does not exist; a source is"),
+        ("", " does not exist; a source is"),
+        ("/dev/null", "/dev/null is neither a film nor a folder"),
+        ("lavfi:nonsense", "lavfi:nonsense cannot be opened: "),
+        ("rtsp://me:secret@127.0.0.1:9/x", "rtsp://127.0.0.1:9/x cannot be opened: Connection refus"),
+        (__file__, f"{__file__} cannot be opened: Invalid data"),
+    ],
+)  # fmt: skip
+def test_sources_that_cannot_be(source, told):
+    with pytest.raises(SourceError) as error:
+        next(frames(source))
+    assert told in str(error.value)
+    assert "secret" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("source", "library"), [("camera", "av"), (__file__, "av"), ("screen", "mss")])
+def test_missing_libraries(source, library, monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(SourceError, match=rf'^{library} .*pip install "mlx-lfm2vl\[video\]"'):
+        frames(source)
+
+
+def test_sound_is_no_film(tmp_path):
+    path = tmp_path / "sound.wav"
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream("pcm_s16le", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+        sound.sample_rate = 8000
+        film.mux(stream.encode(sound))
+    with pytest.raises(SourceError, match=r"sound.wav holds no pictures$"):
+        next(frames(path))
+
+
+def test_a_damaged_film_continues_and_a_torn_one_ends(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (20, 48, 64, 3), np.uint8)
+    whole = write_film(tmp_path / "a.mp4", [*map(Image.fromarray, noise)], codec="libx264")
+    data = bytearray(whole.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 600] = bytes(600)
+    whole.write_bytes(data)
+    told = []
+    found = list(frames(whole, tell=told.append))
+    assert 10 <= len(found) < 20
+    assert len(told) == 1
+    assert "a.mp4 is damaged: Invalid data" in told[0]
+    torn = write_film(tmp_path / "b.avi", [*map(Image.fromarray, noise)])
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    assert 5 <= len(list(frames(torn))) < 20
+    whole.write_bytes(data[:middle])
+    with pytest.raises(SourceError, match=r"a.mp4 cannot be opened"):
+        next(frames(whole))
+
+
+def test_a_folder_gives_each_picture_once_when_it_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "POLL", 0.02)
+    for name in ("b.png", "a.png", ".hidden.png"):
+        of_color(50).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    told = []
+    with frames(tmp_path, known={"a.png"}, tell=told.append) as source:
+        assert os.path.basename(next(source).path) == "b.png"
+        data = (tmp_path / "a.png").read_bytes()
+        with (tmp_path / "c.png").open("wb", buffering=0) as file:
+            for start in range(0, len(data), 20):  # somebody writes slowly, but never rests
+                file.write(data[start : start + 20])
+                assert source.poll() is None
+        frame = next(source)
+        assert (os.path.basename(frame.path), frame.number) == ("c.png", 1)
+        (tmp_path / "d.png").write_bytes(data[: len(data) // 2])
+        while not told:
+            assert source.poll() is None
+        [line] = told
+        assert "d.png is damaged" in line
+        (tmp_path / "d.png").write_bytes(data)
+        assert os.path.basename(next(source).path) == "d.png"
+        shutil.rmtree(tmp_path)
+        with pytest.raises(SourceError, match="cannot be searched: No such file"):
+            next(source)
+
+
+def test_cameras_take_the_first_frame_rate_that_works(monkeypatch):
+    opened, tried = av.open, []
+
+    def open_camera(device, format, options, timeout):
+        tried.append((device, format, options["framerate"]))
+        if options["framerate"] != "15":
+            raise av.error.ArgumentError(22, "Invalid argument", device)
+        return opened("testsrc=size=64x48:rate=100", format="lavfi")
+
+    monkeypatch.setattr(av, "open", open_camera)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with frames("camera:1") as camera:
+        assert next(camera).image.size == (64, 48)
+    assert tried == [("1", "avfoundation", rate) for rate in ("30", "25", "15")]
+
+
+@pytest.mark.parametrize(
+    ("platform", "told"),
+    [
+        ("darwin", "camera cannot be opened: Permission denied; if your terminal is not allowed to, "
+         "allow it in System Settings, Privacy & Security, Camera, and start that again"),
+        ("linux", "camera cannot be opened: Permission denied; your user must be in the group video"),
+    ],
+)  # fmt: skip
+def test_permissions_are_explained(platform, told, monkeypatch):
+    def refuse(device, **options):
+        raise av.error.PermissionError(13, "Permission denied", device)
+
+    monkeypatch.setattr(av, "open", refuse)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(os.path, "exists", lambda path: True)
+    with pytest.raises(SourceError) as error:
+        next(frames("camera"))
+    assert str(error.value) == told
+
+
+def test_macos_is_asked_whether_screens_may_be_captured(monkeypatch):
+    monkeypatch.setattr(module, "_may_capture_screen", lambda: False)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(SourceError, match="Privacy & Security, Screen Recording, and start that"):
+        next(frames("screen"))
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has cameras")
+def test_a_camera_that_is_not_there():
+    with pytest.raises(SourceError, match="^camera:63 is not there: /dev/video63 does not exist$"):
+        next(frames("camera:63"))
+
+
+class Script:
+    """A camera that does what a test says; in place of av.open."""
+
+    def __init__(self, monkeypatch, *steps):
+        monkeypatch.setattr(os.path, "exists", lambda path: True)
+        monkeypatch.setattr(av, "open", self.open)
+        monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
+        self.steps, self.opened, self.duration = list(steps), 0, None
+        self.streams = self
+        self.video = [None]
+        self.left = threading.Semaphore(0)
+
+    def open(self, device, **options):
+        self.opened += 1
+        step = self.steps.pop(0) if self.steps else []
+        if isinstance(step, Exception):
+            raise step
+        self.step = iter(step)
+        return self
+
+    def demux(self, stream):
+        for item in self.step:
+            if callable(item):
+                item()
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield Packet(item)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+
+class Packet:
+    rotation = 0
+
+    def __init__(self, image):
+        self.image = image
+
+    def decode(self):
+        return [self]
+
+    def to_image(self):
+        return self.image
+
+
+def test_a_camera_that_breaks_off_is_opened_again(monkeypatch):
+    gone = av.error.OSError(19, "No such device")
+    later = av.error.BlockingIOError(11, "Resource temporarily unavailable")
+    taken = threading.Semaphore(0)
+    wait = partial(taken.acquire, timeout=WAIT)
+    one, two, three = map(of_color, (10, 20, 30))
+    script = Script(
+        monkeypatch, [one, wait, later, two, wait, gone], gone, gone, gone, gone, gone, gone,
+        [three, wait], gone, gone, gone, [one, wait],
+    )  # fmt: skip
+    told, found = [], []
+    with frames("camera", tell=told.append) as camera:
+        for frame in camera:
+            found.append((frame.number, frame.image.getpixel((0, 0))[0]))
+            taken.release()
+            if len(found) == 4:
+                break
+    assert found == [(0, 10), (1, 20), (2, 30), (3, 10)]
+    again = "trying again until it is back"
+    assert told == [
+        f"camera has broken off: No such device; {again}", "camera is back",
+        f"camera has broken off; {again}", "camera is back",
+    ]  # fmt: skip
+    assert script.opened == 12, "the first frame rate of a camera is tried again, then the others"
+
+
+def test_a_source_that_stalls_is_told_once(monkeypatch):
+    monkeypatch.setattr(module, "STALL", 0.05)
+    resume, taken = threading.Event(), threading.Event()
+    hold = partial(resume.wait, WAIT)
+    Script(monkeypatch, [of_color(1), hold, of_color(2), partial(taken.wait, WAIT)])
+    told = []
+    with frames("camera", tell=told.append) as camera:
+        next(camera)
+        for _ in range(10):
+            assert camera.poll(0.02) is None
+        assert told == ["camera gives no picture for 0 s; waiting"]
+        resume.set()
+        assert next(camera).number == 1
+        taken.set()
+
+
+class Streams(http.server.BaseHTTPRequestHandler):
+    """Films over HTTP, each once, of unknown length or not."""
+
+    def do_GET(self):
+        data = self.server.films.pop(0)
+        self.send_response(200)
+        if self.path == "/film.mkv":
+            self.send_header("Content-Length", len(data))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_streams(tmp_path, monkeypatch):
+    """One of unknown length is opened again, also of another size; one with a length ends."""
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
+    films = []
+    for number, size in enumerate(((64, 48), (96, 64))):
+        images = [of_color(50 * number + i, size) for i in range(30)]
+        path = write_film(tmp_path / f"{number}.ts", images, codec="mpeg2video")
+        films.append(path.read_bytes())
+    whole = write_film(tmp_path / "film.mkv", [of_color(i) for i in range(30)])
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Streams)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    url, server.films, told, sizes = f"http://127.0.0.1:{server.server_port}", films, [], []
+    with frames(f"{url}/live.ts", tell=told.append) as stream:
+        for frame in stream:
+            sizes.append(frame.image.size)
+            if frame.image.size == (96, 64):
+                break
+    assert sizes[0] == (64, 48)
+    assert told == [
+        f"{url}/live.ts has broken off: Input/output error; trying again until it is back",
+        f"{url}/live.ts is back",
+    ]
+    server.films = [whole.read_bytes()]
+    with frames(f"{url}/film.mkv") as stream:
+        assert list(stream)[-1].number == 29
+    server.shutdown()
+    server.server_close()

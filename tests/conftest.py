@@ -1,7 +1,10 @@
 """What the tests share: folders of small checkpoints that the official implementation ran."""
 
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +37,29 @@ def copied(tmp_path):
         return target
 
     return copy
+
+
+@pytest.fixture
+def display(monkeypatch):
+    """A screen for windows: a virtual one, or the machine's own where there is no Xvfb."""
+    pytest.importorskip("tkinter", reason="this Python has no tkinter")
+    if shutil.which("Xvfb") is None:
+        if sys.platform != "darwin" and "DISPLAY" not in os.environ:
+            pytest.skip("needs a display, or Xvfb (Debian: xvfb)")
+        yield
+        return
+    reader, writer = os.pipe()
+    # Xvfb chooses a free number and writes it once it is ready
+    command = ["Xvfb", "-displayfd", str(writer), "-screen", "0", "1100x700x24"]
+    server = subprocess.Popen(command, pass_fds=[writer], stderr=subprocess.DEVNULL)
+    os.close(writer)
+    try:
+        with open(reader) as number:
+            monkeypatch.setenv("DISPLAY", ":" + number.readline().strip())
+        yield
+    finally:
+        server.terminate()
+        server.wait()
 
 
 @dataclass

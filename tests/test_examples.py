@@ -1,13 +1,10 @@
 """Each example runs."""
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from PIL import Image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -32,29 +29,6 @@ def test_many_questions(fixtures):
     )
     assert run.stdout.startswith("Q: What is it?\nA: ")
     assert "\n\nQ: Which colour?\nA: " in run.stdout
-
-
-@pytest.fixture
-def display(monkeypatch):
-    """A screen for windows: a virtual one, or the machine's own where there is no Xvfb."""
-    pytest.importorskip("tkinter", reason="this Python has no tkinter")
-    if shutil.which("Xvfb") is None:
-        if sys.platform != "darwin" and "DISPLAY" not in os.environ:
-            pytest.skip("needs a display, or Xvfb (Debian: xvfb)")
-        yield
-        return
-    reader, writer = os.pipe()
-    # Xvfb chooses a free number and writes it once it is ready
-    command = ["Xvfb", "-displayfd", str(writer), "-screen", "0", "1100x700x24"]
-    server = subprocess.Popen(command, pass_fds=[writer], stderr=subprocess.DEVNULL)
-    os.close(writer)
-    try:
-        with open(reader) as number:
-            monkeypatch.setenv("DISPLAY", ":" + number.readline().strip())
-        yield
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def run_window(fixtures, *arguments):

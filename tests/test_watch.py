@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -34,7 +34,6 @@ from mlx_lfm2vl.cli import watch as command
 from mlx_lfm2vl.serving import frames as module
 from mlx_lfm2vl.serving import watch as watch_module
 from mlx_lfm2vl.serving.frames import Frames, Source
-from mlx_lfm2vl.serving.watch import Recorded
 
 from .checkpoints.pictures import picture
 from .helpers import FIXTURES, WAIT
@@ -187,7 +186,9 @@ def test_every_and_zero_change():
     assert [i for i in range(5) if gate(of_color(50 * i), i * 0.6)] == [0, 2, 4]
 
 
-@pytest.mark.parametrize("wrong", [{"changed": 1.5}, {"settle": -1}, {"level": 0.5}, {"every": "1"}])
+@pytest.mark.parametrize(
+    "wrong", [{"changed": 1.5}, {"settle": -1}, {"level": 0.5}, {"every": "1"}]
+)
 def test_gates_that_make_no_sense(wrong):
     with pytest.raises(ConfigError, match=f"^{next(iter(wrong))} is .* must be "):
         Gate(**wrong)
@@ -200,7 +201,9 @@ def test_a_film_gives_every_frame(short):
     with frames(short) as source:
         found = list(source)
     assert [frame.number for frame in found] == list(range(30))
-    assert [frame.seconds for frame in found] == pytest.approx([i / 25 for i in range(30)], abs=2e-3)
+    assert [frame.seconds for frame in found] == pytest.approx(
+        [i / 25 for i in range(30)], abs=2e-3
+    )
     assert {(frame.image.mode, frame.image.size) for frame in found} == {("RGB", (64, 48))}
     later = list(frames(short, start=20))
     assert [frame.number for frame in later] == list(range(20, 30))
@@ -269,7 +272,9 @@ def test_sources_that_cannot_be(source, told):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("source", "library"), [("camera", "av"), (__file__, "av"), ("screen", "mss")])
+@pytest.mark.parametrize(
+    ("source", "library"), [("camera", "av"), (__file__, "av"), ("screen", "mss")]
+)
 def test_missing_libraries(source, library, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(SourceError, match=rf'^{library} .*pip install "mlx-lfm2vl\[video\]"'):
@@ -517,3 +522,374 @@ def test_streams(tmp_path, monkeypatch):
         assert list(stream)[-1].number == 29
     server.shutdown()
     server.server_close()
+
+
+# ---- asking
+
+
+def scripted(monkeypatch, *images, numbers=None):
+    """Lets `watch` see these pictures, 0.1 s apart, as fast as it takes them."""
+    source = [module.Frame(image, i / 10, i) for i, image in enumerate(images)]
+
+    class Played(Frames):
+        def __init__(self):
+            self.source, self.ended, self.left = Source("lavfi", "script", ""), False, list(source)
+
+        dropped = 0
+
+        def poll(self, seconds=0):
+            self.ended = not self.left
+            return self.left.pop(0) if self.left else None
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(watch_module, "frames", lambda *args, **options: Played())
+
+
+def test_answers_are_those_of_generate_and_detect(tmp_path):
+    model, processor = load("demo")
+    worker = Worker(load=lambda: (model, processor))
+    image = Image.open(ROOT / "examples" / "demo" / "picture.png").convert("RGB")
+    image.save(tmp_path / "picture.png")
+
+    def first(*args, **options):
+        return next(iter(watch(worker, tmp_path, *args, **options)))
+
+    question = "What is in this image?"
+    seen = first(question, max_tokens=20, temperature=0)
+    assert seen.answer == generate(model, processor, question, image, max_tokens=20, temperature=0)
+    assert (seen.path, seen.frame, seen.changed) == (str(tmp_path / "picture.png"), 0, 1)
+    seen = first(detect=["yellow square", "green cross"])
+    boxes = detect(model, processor, image, ["yellow square", "green cross"])
+    assert boxes
+    assert seen.boxes == boxes
+    assert seen.to_dict()["boxes"] == [box.to_dict() for box in boxes]
+    assert seen.answer == "; ".join(map(str, boxes))
+    seen = first(question, system="Be brief.", choice=["yes", "no"])
+    assert seen.answer in ("yes", "no")
+    form = {"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"]}
+    assert first(question, schema=form).to_dict()["value"] == {"n": 7}
+    small = image.copy()
+    small.thumbnail((100, 100))
+    seen = first(question, max_side=100, max_tokens=20, temperature=0)
+    assert seen.answer == generate(model, processor, question, small, max_tokens=20, temperature=0)
+    assert seen.image.size == image.size
+    worker.close()
+
+
+def test_the_newest_frame_is_answered_and_nothing_waits(monkeypatch, worker):
+    """While an answer grows, frames come and go; the one after it is about the last of them."""
+    held, forty, done = Held(), threading.Event(), threading.Event()
+    waiting = []
+
+    def hold(tokens, logits):
+        if not forty.is_set():
+            held.opened = forty
+        waiting.append((len(worker._thread.waiting), worker.active))
+        return held(tokens, logits)
+
+    def wait_until_asked():
+        assert held.entered.wait(WAIT)
+
+    steps = [of_color(0), wait_until_asked, *(of_color(3 * i) for i in range(1, 81))]
+    Script(monkeypatch, [*steps, forty.set, partial(done.wait, WAIT)])
+    found = []
+    for sighting in watch(worker, "camera", "?", changed=0, max_tokens=1, logits_processors=[hold]):
+        found.append(sighting)
+        if len(found) == 2:
+            done.set()
+            break
+    assert [sighting.frame for sighting in found] == [0, 80]
+    assert found[1].dropped == 79
+    assert np.asarray(found[1].image).max() == 240
+    assert set(waiting) == {(0, 1)}, "one answer grows, no question waits"
+
+
+def memory():
+    """Bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_memory_stays_flat():
+    """Over 2,000 frames of a source that is faster than the model."""
+    sizes = []
+    graph = "lavfi:testsrc2=size=320x240:rate=600:duration=3.34"
+    watching = watch(
+        "demo", graph, "What is it?", realtime=True, changed=0, max_tokens=4,
+        look=lambda frame: sizes.append((frame.number, memory())),
+    )  # fmt: skip
+    asked = [sighting.frame for sighting in watching]
+    assert watching.frames + watching.dropped >= 2000
+    assert watching.dropped > 0
+    assert asked == sorted(set(asked))
+    early = max(size for number, size in sizes if 500 <= number < 1000)
+    late = max(size for number, size in sizes if number >= 1500)
+    assert late - early < 16e6, f"{(late - early) / 1e6:.1f} MB more"
+
+
+def test_what_a_source_does_is_told(monkeypatch, worker):
+    scripted(monkeypatch, *[of_color(0)] * 4, *[of_color(99, (32, 32))] * 2)
+    told = []
+    watching = watch(worker, "lavfi:script", "?", max_tokens=1, tell=told.append)
+    assert [sighting.frame for sighting in watching] == [3, 5], "the last one could not settle"
+    assert told == [
+        "lavfi:script: the picture has 32x32 pixels now, not 64x36", "script has ended"
+    ]  # fmt: skip
+    assert (watching.frames, watching.asked) == (6, 2)
+
+
+def test_until_and_stopped(monkeypatch, worker):
+    scripted(monkeypatch, *[of_color(50 * i) for i in range(5)])
+    watching = watch(worker, "lavfi:x", "?", changed=0, until="YES", choice=["yes"])
+    assert [sighting.answer for sighting in watching] == ["yes"]
+    stop = []
+    scripted(monkeypatch, *[of_color(50 * i) for i in range(5)])
+    watching = watch(
+        worker, "lavfi:x", "?", changed=0, max_tokens=1, stopped=lambda: bool(stop)
+    )  # fmt: skip
+    assert [stop.append(sighting.frame) for sighting in watching] == [None]
+    held = Held()
+
+    def stopped():
+        return held.entered.is_set()
+
+    scripted(monkeypatch, of_color(0))
+    watching = watch(
+        worker, "lavfi:x", "?", changed=0, logits_processors=[held], stopped=stopped
+    )  # fmt: skip
+    assert list(watching) == [], "the answer on its way is cancelled"
+    held.opened.set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({}, "watch takes either a question or what to detect"),
+        ({"ask": "?", "detect": "cat"}, "watch takes either a question or what to detect"),
+        ({"ask": " "}, "the question is empty; ask something"),
+        ({"detect": "cat", "seed": 3}, "seed cannot be used with detect, which decides it itself"),
+        ({"ask": "?", "max_side": 3}, "max_side is 3; it must be a whole number from 16 to "),
+        ({"ask": "?", "max_tokens": 0}, "max_tokens is 0; it must be "),
+        ({"ask": "?", "changed": 7}, "changed is 7; it must be a number from 0 to 1"),
+    ],
+)
+def test_questions_that_make_no_sense(arguments, told, short):
+    with pytest.raises((PromptError, ConfigError)) as error:
+        watch("no/such/model", short, **arguments)
+    assert str(error.value).startswith(told)
+
+
+def test_a_model_that_is_not_there(short):
+    from mlx_lfm2vl import ModelNotFoundError
+
+    with pytest.raises(ModelNotFoundError):
+        list(watch("./no/such/model", short, "?"))
+
+
+# ---- the command
+
+
+def test_the_command_writes_one_line_for_each_event(film, run, tmp_path):
+    out = tmp_path / "out.jsonl"
+    flags = ("--source", film, "--jsonl", out, "--save", tmp_path / "seen")
+    code, lines, told = run(*flags)
+    assert code == 0
+    assert numbers(out) == SETTLED
+    assert [int(line.split()[2]) for line in lines] == SETTLED
+    assert told == [f"{film} has ended", "300 frames, 4 questions, 0 dropped"]
+    for entry, line in zip(entries(out), lines, strict=True):
+        assert entry["source"] == str(film)
+        assert entry["seconds"] == pytest.approx(entry["frame"] / 25, abs=2e-3)
+        assert line.endswith(f": {command.one_line(entry['answer'])}")
+        with Image.open(entry["image"]) as saved:
+            assert saved.size == (640, 360)
+    assert len(list((tmp_path / "seen").iterdir())) == 4, "and nothing half-written"
+    before = out.read_bytes()
+    assert run(*flags)[:2] == (0, [])
+    assert out.read_bytes() == before, "nothing is written twice"
+
+
+def test_a_torn_line_is_mended_and_other_questions_are_begun_anew(short, run, tmp_path):
+    out = tmp_path / "out.jsonl"
+    flags = ("--source", short, "--jsonl", out, "--changed", "0")
+    assert run(*flags)[0] == 0
+    whole = out.read_bytes()
+    assert numbers(out) == list(range(30))
+    lines = whole.splitlines(keepends=True)
+    for torn in (lines[25][:40], b"{", b"\0\0\0"):
+        out.write_bytes(b"".join(lines[:25]) + torn)
+        run(*flags)
+        assert numbers(out) == list(range(30))
+    run(*flags[:4], "--ask", "Which colour?")
+    assert numbers(out) == [*range(30), 29], "only the last one, for nothing ever settles"
+    assert len({entry["settings"] for entry in entries(out)}) == 2
+    for foreign in (b"my notes", b'{"mine": 1}\n'):
+        out.write_bytes(foreign)
+        code, _, [told] = run(*flags)
+        assert code == 2
+        assert told.endswith("out.jsonl, line 1 is no entry of this program; pass another file")
+        assert out.read_bytes() == foreign
+
+
+def start(*arguments):
+    words = [sys.executable, "-m", "mlx_lfm2vl.watch", *map(str, (*QUESTION, *arguments))]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_lines(process, path, count):
+    end = time.monotonic() + WAIT
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_killed_and_started_again(short, run, tmp_path):
+    """A film continues after its last line; every frame has one line in the end."""
+    out = tmp_path / "out.jsonl"
+    flags = ("--source", short, "--jsonl", out, "--changed", "0")
+    process = start(*flags)
+    wait_for_lines(process, out, random.Random(0).randint(3, 12))
+    process.kill()
+    process.communicate()
+    assert 3 <= out.read_bytes().count(b"\n") < 30
+    run(*flags)
+    assert numbers(out) == list(range(30))
+
+
+def test_a_folder_killed_continued_and_interrupted(tmp_path):
+    folder, out = tmp_path / "pictures", tmp_path / "out.jsonl"
+    folder.mkdir()
+    for number in range(4):
+        of_color(number).save(folder / f"{number}.png")
+    process = start("--source", folder, "--jsonl", out)
+    wait_for_lines(process, out, 4)
+    process.kill()
+    process.communicate()
+    (folder / "0.png").unlink()
+    for number in (5, 4):
+        of_color(number).save(folder / f"{number}.png")
+    process = start("--source", folder, "--jsonl", out)
+    wait_for_lines(process, out, 6)
+    process.send_signal(signal.SIGINT)
+    lines, told = process.communicate(timeout=WAIT)
+    assert process.returncode == 130
+    assert told == "2 frames, 2 questions, 0 dropped\n"
+    assert len(lines.splitlines()) == 2
+    assert [Path(entry["file"]).name for entry in entries(out)] == [f"{n}.png" for n in range(6)]
+    assert numbers(out) == list(range(6))
+
+
+def test_only_answers_that_differ(monkeypatch, run, tmp_path):
+    out = tmp_path / "out.jsonl"
+    scripted(monkeypatch, *[of_color(20 * i) for i in range(5)])
+    flags = ("--source", "lavfi:x", "--changed", "0", "--on-change", "--jsonl", out)
+    assert len(run(*flags, "--choice", "yes")[1]) == 1
+    scripted(monkeypatch, *[of_color(20 * i) for i in range(5)])
+    assert run(*flags, "--choice", "yes")[1] == [], "nor from the last one of the run before"
+    same, other = ({"boxes": [{"label": name, "box": [at]}], "answer": f"{at}"} for name, at in
+                   (("cat", 1), ("dog", 1)))  # fmt: skip
+    moved = {"boxes": [{"label": "cat", "box": [2]}], "answer": "2"}
+    assert watch_module.gist(same) == watch_module.gist(moved) != watch_module.gist(other)
+
+
+def test_programs_get_the_answer(monkeypatch, run, tmp_path):
+    scripted(monkeypatch, of_color(0), of_color(99))
+    out = tmp_path / "got $(touch x) `touch x`"
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import json, os, sys\n"
+        "names = ('ANSWER', 'FRAME', 'SECONDS', 'IMAGE')\n"
+        "got = [os.environ['MLX_LFM2VL_' + name] for name in names]\n"
+        "print(json.dumps([got, json.load(sys.stdin)]), file=open(sys.argv[1], 'a'))\n"
+        "print('said')\n"
+        "sys.exit(3)\n"
+    )
+    code, lines, told = run(
+        "--source", "lavfi:x", "--changed", "0", "--choice", "yes", "--save", tmp_path / "seen",
+        "--exec", f"{sys.executable} {program} '{out}'",
+    )  # fmt: skip
+    assert code == 0
+    assert len(lines) == 2, "what the program prints goes to standard error"
+    problem = f"--exec {sys.executable} failed with code 3"
+    summary = "2 frames, 2 questions, 0 dropped"
+    assert told == ["said", problem, "said", problem, "script has ended", summary]
+    calls = [json.loads(line) for line in out.read_text().splitlines()]
+    for number, (variables, entry) in enumerate(calls):
+        assert variables == ["yes", str(number), str(number / 10), entry["image"]]
+        assert (entry["answer"], entry["frame"], entry["source"]) == ("yes", number, "lavfi:x")
+
+
+def test_programs_that_fail(tmp_path, monkeypatch):
+    entry = {"answer": "a\0b", "frame": 1}
+    assert command.execute(["true"], entry) is None, "that reads no input"
+    assert command.execute(["no-such-program"], entry) == (
+        "cannot run no-such-program: no-such-program: No such file or directory"
+    )
+    assert command.execute([str(tmp_path)], entry).endswith(": Permission denied")
+    assert command.execute(["cat"], {"answer": "x" * 1_000_000}).startswith("cannot run cat: ")
+    monkeypatch.setattr(command, "COMMAND_SECONDS", 0.5)
+    begun, pid = time.monotonic(), tmp_path / "pid"
+    line = f"sleep 60 & echo $! > {pid}; wait"
+    assert command.execute(["sh", "-c", line], entry) == (
+        "sh was ended, for it took more than 0.5 s"
+    )
+    assert time.monotonic() - begun < 10
+    child = Path("/proc") / pid.read_text().strip() / "cmdline"
+    end = time.monotonic() + WAIT
+    while child.exists() and child.read_bytes():  # a zombie has none
+        assert time.monotonic() < end, "its children end with it"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "--ask is missing; ask something, or say what to --detect"),
+        (("--ask", "?", "--detect", "cat"), "watch takes either a question or what to detect"),
+        (("--detect", "cat", "--temp", "1"), "sampling cannot be used with detect"),
+        (("--ask", "?", "--every", "soon"), "argument --every: soon must look like 300ms, 1s or 2m"),
+        (("--ask", "?", "--changed", "2"), "argument --changed: 2 must look like 0.2% or 0.002"),
+        (("--ask", "?", "--exec", "say 'a"), "argument --exec: say 'a: no closing quotation"),
+        (("--ask", "?", "--exec", ""), "argument --exec: there is no command"),
+        (("--ask", "?", "--source", "nothing"), "nothing does not exist; a source is camera[:N]"),
+        (("--ask", "?", "--jsonl", "/no/such/x"), "/no/such/x cannot be written: No such file"),
+    ],
+)  # fmt: skip
+def test_flags_that_make_no_sense(arguments, told, short, run):
+    code, lines, err = run("--source", short, "--model", "no/model", *arguments, flags=())
+    assert (code, lines, len(err)) == (2, [], 1)
+    assert err[0].startswith(f"mlx-lfm2vl-watch: error: {told}")
+
+
+def test_times_and_shares():
+    assert [command.seconds(text) for text in ("1s", "300ms", "2m", "1h", "0.5")] == [
+        1, 0.3, 120, 3600, 0.5
+    ]  # fmt: skip
+    assert [command.share(text) for text in ("0.2%", "0.002", "100%", "0")] == [0.002, 0.002, 1, 0]
+
+
+def test_screens_and_windows(display, short, tmp_path):
+    """The window that --show opens is seen on a screen that is watched."""
+    pytest.importorskip("mss")
+    words = [sys.executable, "-m", "mlx_lfm2vl.watch", *map(str, QUESTION)]
+    source = ["--source", "lavfi:color=c=red:size=480x480:rate=5:duration=60", "--realtime"]
+    shown = subprocess.Popen([*words, *source, "--show"], stderr=subprocess.PIPE, text=True)
+    try:
+        with frames("screen@0,0,400,400") as screen:
+            end = time.monotonic() + WAIT
+            while (red := np.asarray(next(screen).image)[100, 100].tolist())[0] < 200:
+                assert time.monotonic() < end
+                assert shown.poll() is None
+        assert max(red[1:]) < 20
+        shown.send_signal(signal.SIGINT)
+        assert re.search(r"\d+ frames?, \d question", shown.communicate(timeout=WAIT)[1])
+        assert shown.returncode == 130
+    finally:
+        shown.kill()
+    for wrong, told in (("screen:9", "the number of screens is 1"),
+                        ("screen@0,0,9999,9", "the screen, which has 1100x700")):  # fmt: skip
+        with pytest.raises(SourceError, match=told):
+            next(frames(wrong))

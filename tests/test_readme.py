@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from PIL import Image
 from mlx_lfm2vl import Quantization, convert
 
 from .checkpoints.pictures import picture
+from .helpers import write_film
 from .serving import serving, until
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +35,9 @@ DEFAULT_MODEL = "LiquidAI/LFM2.5-VL-450M"
 def folder(tmp_path, monkeypatch):
     for name in ("photo.jpg", "before.jpg", "after.jpg"):
         Image.fromarray(picture(100, 60, len(name))).save(tmp_path / name)
+    write_film(tmp_path / "film.mp4", [Image.fromarray(picture(64, 48, n)) for n in range(3)])
+    (tmp_path / "photos").mkdir()
+    shutil.copy(tmp_path / "photo.jpg", tmp_path / "photos" / "a.jpg")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -64,6 +70,7 @@ COMMANDS = list(dict.fromkeys(line for page in PAGES for line in commands(page))
 # run as they stand in test_demo.py
 NEW_WORD = [line for line in COMMANDS if "heart" in line]
 SERVE = [line for line in COMMANDS if "mlx_lfm2vl.serve" in line]
+WATCH = [line for line in COMMANDS if "mlx_lfm2vl.watch" in line]
 
 
 @pytest.mark.parametrize("line", SERVE)
@@ -82,7 +89,8 @@ def test_servers_answer_until_they_are_told_to_end(line):
 
 
 @pytest.mark.parametrize(
-    "line", [line for line in COMMANDS if "python -m" in line and line not in (*NEW_WORD, *SERVE)]
+    "line",
+    [line for line in COMMANDS if "python -m" in line and line not in (*NEW_WORD, *SERVE, *WATCH)],
 )
 def test_commands_run(line, folder, fixtures):
     """As they stand, but for the model and the length of endless answers."""
@@ -100,8 +108,6 @@ def test_commands_run(line, folder, fixtures):
         line = re.sub(
             r"python -m (\S+)", rf"{sys.executable} -m \1 --model {fixtures / 'v5'}{more}", line
         )
-    (folder / "photos").mkdir()
-    (folder / "photos" / "a.jpg").write_bytes((folder / "photo.jpg").read_bytes())
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
     run = subprocess.run(
@@ -111,6 +117,25 @@ def test_commands_run(line, folder, fixtures):
     assert "Traceback" not in run.stderr
     written = [*folder.glob("*.json"), *folder.glob("*.jsonl")]
     assert len(run.stdout) > 1 or any(file.stat().st_size > 1 for file in written)
+
+
+@pytest.mark.parametrize("line", WATCH)
+def test_commands_that_watch_give_an_answer(line, folder, fixtures, display):
+    """As they stand, but for the model, and for the camera, which no machine of tests has."""
+    more = "" if "--detect" in line else " -m 2"
+    line = line.replace("--source camera", "--source lavfi:testsrc=duration=9 --realtime")
+    line = line.replace("--model demo", "")
+    command = f"exec {sys.executable} -m mlx_lfm2vl.watch --model {fixtures / 'v5'}{more}"
+    process = subprocess.Popen(
+        line.replace("python -m mlx_lfm2vl.watch", command), shell=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    said = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert ", 100.0% changed, " in said, told
+    assert process.returncode in (0, 130), told
+    assert re.search(r"\d+ frames?, \d+ questions?, \d+ dropped$", told), told
 
 
 def prepare_training(line, folder, fixtures):

@@ -36,7 +36,7 @@ from mlx_lfm2vl.serving import watch as watch_module
 from mlx_lfm2vl.serving.frames import Frames, Source
 
 from .checkpoints.pictures import picture
-from .helpers import FIXTURES, WAIT
+from .helpers import FIXTURES, WAIT, write_film
 from .helpers import Gate as Held
 
 av = pytest.importorskip("av")
@@ -45,17 +45,6 @@ V5 = FIXTURES / "v5"
 EVENTS = (70, 150, 230)  # frames of the film in which something appears
 SETTLED = [frame + 8 for frame in (0, *EVENTS)]  # 0.3 s later
 QUESTION = ("--model", V5, "--ask", "What is it?", "-m", "2")
-
-
-def write_film(path, images, rate=25, codec="mpeg4"):
-    with av.open(str(path), "w") as film:
-        stream = film.add_stream(codec, rate=rate)
-        stream.width, stream.height = images[0].size
-        stream.pix_fmt, stream.bit_rate = "yuv420p", 4_000_000
-        for image in images:
-            film.mux(stream.encode(av.VideoFrame.from_image(image)))
-        film.mux(stream.encode())
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +150,10 @@ def test_a_picture_that_never_settles_is_asked_about_when_patience_ends():
     assert [i for i in range(31) if gate(of_color(8 * i), i / 10)] == [10, 22]
 
 
-@pytest.mark.parametrize(("pixels", "levels", "asked"), [(115, 14, False), (116, 14, True),
-                                                         (5000, 12, False), (5000, 13, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pixels", "levels", "asked"),
+    [(115, 14, False), (116, 14, True), (5000, 12, False), (5000, 13, True)],
+)
 def test_how_much_must_change(pixels, levels, asked):
     """More than 0.2 % of 320x180 pixels by more than 12 grey levels."""
     gate = Gate(settle=0)
@@ -260,7 +251,7 @@ def test_a_forgotten_source_is_let_go(monkeypatch):
         ("", " does not exist; a source is"),
         ("/dev/null", "/dev/null is neither a film nor a folder"),
         ("lavfi:nonsense", "lavfi:nonsense cannot be opened: "),
-        ("rtsp://me:secret@127.0.0.1:9/x", "rtsp://127.0.0.1:9/x cannot be opened: Connection refus"),
+        ("rtsp://me:secret@127.0.0.1:9/x", "rtsp://127.0.0.1:9/x cannot be opened: "),
         (__file__, f"{__file__} cannot be opened: Invalid data"),
     ],
 )  # fmt: skip
@@ -358,9 +349,9 @@ def test_cameras_take_the_first_frame_rate_that_works(monkeypatch):
 @pytest.mark.parametrize(
     ("platform", "told"),
     [
-        ("darwin", "camera cannot be opened: Permission denied; if your terminal is not allowed to, "
-         "allow it in System Settings, Privacy & Security, Camera, and start that again"),
-        ("linux", "camera cannot be opened: Permission denied; your user must be in the group video"),
+        ("darwin", "if your terminal is not allowed to, allow it in System Settings, Privacy & "
+         "Security, Camera, and start that again"),
+        ("linux", "your user must be in the group video"),
     ],
 )  # fmt: skip
 def test_permissions_are_explained(platform, told, monkeypatch):
@@ -372,7 +363,7 @@ def test_permissions_are_explained(platform, told, monkeypatch):
     monkeypatch.setattr(os.path, "exists", lambda path: True)
     with pytest.raises(SourceError) as error:
         next(frames("camera"))
-    assert str(error.value) == told
+    assert str(error.value) == f"camera cannot be opened: Permission denied; {told}"
 
 
 def test_macos_is_asked_whether_screens_may_be_captured(monkeypatch):
@@ -384,7 +375,7 @@ def test_macos_is_asked_whether_screens_may_be_captured(monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS has cameras")
 def test_a_camera_that_is_not_there():
-    with pytest.raises(SourceError, match="^camera:63 is not there: /dev/video63 does not exist$"):
+    with pytest.raises(SourceError, match=r"^camera:63 is not there: /dev/video63 does not exist$"):
         next(frames("camera:63"))
 
 
@@ -850,7 +841,7 @@ def test_programs_that_fail(tmp_path, monkeypatch):
         ((), "--ask is missing; ask something, or say what to --detect"),
         (("--ask", "?", "--detect", "cat"), "watch takes either a question or what to detect"),
         (("--detect", "cat", "--temp", "1"), "sampling cannot be used with detect"),
-        (("--ask", "?", "--every", "soon"), "argument --every: soon must look like 300ms, 1s or 2m"),
+        (("--ask", "?", "--every", "soon"), "argument --every: soon must look like 300ms, "),
         (("--ask", "?", "--changed", "2"), "argument --changed: 2 must look like 0.2% or 0.002"),
         (("--ask", "?", "--exec", "say 'a"), "argument --exec: say 'a: no closing quotation"),
         (("--ask", "?", "--exec", ""), "argument --exec: there is no command"),

@@ -201,10 +201,13 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=300)
     parser.add_argument("--close-after-answer", action="store_true")
     args = parser.parse_args()
-    if args.source is not None:
-        shown = frames(args.source, realtime=True)
-    else:
-        shown = load_image(args.image)
+    try:
+        if args.source is not None:
+            shown = frames(args.source, realtime=True)
+        else:
+            shown = load_image(args.image)
+    except Lfm2VlError as error:
+        parser.error(str(error))
     with Worker(args.model) as worker:
         root = tk.Tk()
         window = Window(root, worker, shown, args.max_tokens, args.close_after_answer)

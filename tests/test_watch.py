@@ -716,7 +716,7 @@ def test_a_torn_line_is_mended_and_other_questions_are_begun_anew(short, run, tm
     run(*flags[:4], "--ask", "Which colour?")
     assert numbers(out) == [*range(30), 29], "only the last one, for nothing ever settles"
     assert len({entry["settings"] for entry in entries(out)}) == 2
-    for foreign in (b"my notes", b'{"mine": 1}\n'):
+    for foreign in (b"my notes", b'{"mine": 1}\n', b'{"time": 5}\n', b"[" * 9999 + b"\n"):
         out.write_bytes(foreign)
         code, _, [told] = run(*flags)
         assert code == 2
@@ -800,7 +800,7 @@ def test_programs_get_the_answer(monkeypatch, run, tmp_path):
     )
     code, lines, told = run(
         "--source", "lavfi:x", "--changed", "0", "--choice", "yes", "--save", tmp_path / "seen",
-        "--exec", f"{sys.executable} {program} '{out}'",
+        "--exec", f"{sys.executable} {program} '{out}'", "-m", "9",
     )  # fmt: skip
     assert code == 0
     assert len(lines) == 2, "what the program prints goes to standard error"
@@ -846,6 +846,8 @@ def test_programs_that_fail(tmp_path, monkeypatch):
         (("--ask", "?", "--exec", "say 'a"), "argument --exec: say 'a: no closing quotation"),
         (("--ask", "?", "--exec", ""), "argument --exec: there is no command"),
         (("--ask", "?", "--source", "nothing"), "nothing does not exist; a source is camera[:N]"),
+        (("--ask", "?", "--source", ".", "--save", "../" + Path().resolve().name),
+         "--save is the folder that is watched; its pictures would be asked about"),
         (("--ask", "?", "--jsonl", "/no/such/x"), "/no/such/x cannot be written: No such file"),
     ],
 )  # fmt: skip

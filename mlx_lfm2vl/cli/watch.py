@@ -192,6 +192,8 @@ def run(args: argparse.Namespace) -> None:
     from ..serving.watch import Recorded
 
     source = Source.of(args.source)
+    if source.kind == "folder" and args.save is not None and _is_same(args.save, source.target):
+        raise PromptError("--save is the folder that is watched; its pictures would be asked about")
     digest = _digest(args, source, constraint, tools)
     with ExitStack() as stack:
         came = stack.enter_context(interruptible())
@@ -206,19 +208,22 @@ def run(args: argparse.Namespace) -> None:
         sys.exit(INTERRUPTED)
 
 
+def _is_same(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
 def _settings(args: argparse.Namespace, constraint: Any, tools: Any) -> dict[str, Any]:
     """What a question is asked with; only what was given, since --detect takes little."""
-    given = {
-        "max_tokens": args.max_tokens,
-        "seed": args.seed,
-        "stop": args.stop,
-        "sampling": options_from(args, Sampling),
-        "image_options": options_from(args, ImageOptions),
-        "constraint": constraint,
-        "tools": tools,
+    given: dict[str, tuple[Any, Any]] = {  # and what says nothing
+        "max_tokens": (args.max_tokens, DEFAULT_MAX_TOKENS),
+        "seed": (args.seed, None),
+        "stop": (args.stop, []),
+        "sampling": (options_from(args, Sampling), Sampling()),
+        "image_options": (options_from(args, ImageOptions), ImageOptions()),
+        "constraint": (constraint, None),
+        "tools": (tools, None),
     }
-    silent: tuple[Any, ...] = (None, [], DEFAULT_MAX_TOKENS, Sampling(), ImageOptions())
-    return {name: value for name, value in given.items() if value not in silent}
+    return {name: value for name, (value, silent) in given.items() if value != silent}
 
 
 def _digest(args: argparse.Namespace, source: Source, constraint: Any, tools: Any) -> str:

@@ -484,8 +484,11 @@ def _may_capture_screen() -> bool:
     if sys.platform != "darwin":
         return True
     graphics = ctypes.CDLL("/System/Library/Frameworks/CoreGraphics.framework/CoreGraphics")
-    graphics.CGPreflightScreenCaptureAccess.restype = ctypes.c_bool
-    return bool(graphics.CGPreflightScreenCaptureAccess())
+    allowed, request = (
+        getattr(graphics, f"CG{name}ScreenCaptureAccess") for name in ("Preflight", "Request")
+    )
+    allowed.restype = request.restype = ctypes.c_bool
+    return bool(allowed() or request())  # the second one shows a dialogue
 
 
 def _permission(kind: Kind, refused: bool = False) -> str:

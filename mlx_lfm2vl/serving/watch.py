@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from ..errors import OutputError, PromptError
+from ..files import parse_json
 from ..generation.grounding import (
     THOUSANDTHS_VOCAB_SIZE,
     Box,
@@ -105,38 +107,40 @@ class Recorded:
         Raises:
             OutputError: the file cannot be read, or holds something else.
         """
-        end, entry, files = 0, dict[str, Any](), set[str]()
+        end, frame, last, files = 0, -1, None, set[str]()
         try:
             with path.open("rb") as file:
                 for number, line in enumerate(file, 1):
                     if not line.endswith(b"\n") and is_torn(line, LINE_START):
                         break
-                    found = _entry(line, f"{path}, line {number}")
+                    entry = _entry(line, f"{path}, line {number}")
                     end += len(line)
-                    if found["settings"] == settings:
-                        entry = found
-                        files.add(Path(found.get("file", "")).name)
+                    if entry["settings"] == settings:
+                        frame, last = entry["frame"], gist(entry)
+                        files.add(os.path.basename(entry.get("file", "")))
         except OSError as error:
             raise OutputError(f"{path} cannot be read: {error.strerror}") from None
-        last = gist(entry) if entry else None
-        return cls(end, entry.get("frame", -1), frozenset(files - {""}), last)
+        return cls(end, frame, frozenset(files - {""}), last)
 
 
 def _entry(line: bytes, place: str) -> dict[str, Any]:
     try:
-        entry = json.loads(line)
-    except ValueError:
-        entry = None
-    if not isinstance(entry, dict) or not {"time", "frame", "answer", "settings"} <= entry.keys():
+        entry = parse_json(line.decode())
+        kinds = {"time": str, "frame": int, "answer": str, "settings": str}
+        good = all(isinstance(entry[name], kind) for name, kind in kinds.items())
+        good = good and bool(gist(entry)) and isinstance(entry.get("file", ""), str)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        good = False
+    if not good:
         raise OutputError(f"{place} is no entry of this program; pass another file")
-    return entry
+    return dict(entry)
 
 
 def gist(entry: Mapping[str, Any]) -> str:
     """What makes an answer another one: its text; of boxes what they show, wherever it is."""
     if "boxes" in entry:
         return json.dumps(sorted(box["label"] for box in entry["boxes"]))
-    return str(entry["answer"])
+    return json.dumps(entry["answer"])
 
 
 class Watch:

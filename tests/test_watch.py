@@ -606,7 +606,7 @@ def memory():
 def test_memory_stays_flat():
     """Over 2,000 frames of a source that is faster than the model."""
     sizes = []
-    graph = "lavfi:testsrc2=size=320x240:rate=600:duration=3.34"
+    graph = "lavfi:testsrc2=size=160x120:rate=600:duration=3.34"
     watching = watch(
         "demo", graph, "What is it?", realtime=True, changed=0, max_tokens=4,
         look=lambda frame: sizes.append((frame.number, memory())),

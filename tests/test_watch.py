@@ -321,6 +321,7 @@ def test_a_folder_gives_each_picture_once_when_it_is_whole(tmp_path, monkeypatch
         (tmp_path / "d.png").write_bytes(data[: len(data) // 2])
         while not told:
             assert source.poll() is None
+        assert [source.poll() for _ in range(4)] == [None] * 4
         [line] = told
         assert "d.png is damaged" in line
         (tmp_path / "d.png").write_bytes(data)
@@ -696,7 +697,12 @@ def test_the_command_writes_one_line_for_each_event(film, run, tmp_path):
         assert line.endswith(f": {command.one_line(entry['answer'])}")
         with Image.open(entry["image"]) as saved:
             assert saved.size == (640, 360)
-    assert len(list((tmp_path / "seen").iterdir())) == 4, "and nothing half-written"
+    assert len(list((tmp_path / "seen").iterdir())) == 4, "nothing is left half-written"
+    first = b"".join(out.read_bytes().splitlines(keepends=True)[:2])
+    out.write_bytes(first)
+    run(*flags)
+    assert out.read_bytes().startswith(first)
+    assert numbers(out) == SETTLED, "what is asked does not depend on where it was interrupted"
     before = out.read_bytes()
     assert run(*flags)[:2] == (0, [])
     assert out.read_bytes() == before, "nothing is written twice"

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -360,7 +360,8 @@ def execute(words: Sequence[str], entry: dict[str, Any]) -> str | None:
             return f"{words[0]} was ended, for it took more than {COMMAND_SECONDS} s"
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError, PermissionError):  # it has just ended
+                    os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
         return f"{words[0]} failed with code {process.returncode}"
     return None

@@ -22,6 +22,7 @@ from .options import (
     add_model,
     add_prompt,
     add_sampling,
+    add_videos,
     constraint_from,
     is_text,
     model_from,
@@ -41,6 +42,7 @@ EPILOG = """\
 examples:
   %(prog)s --image photo.jpg --prompt "What is in this image?"
   %(prog)s --image a.jpg b.jpg --prompt "What changed?" --temp 0 --max-tokens 100
+  %(prog)s --video film.mp4 --frames 8 --prompt "What happens?"
   %(prog)s --chat --image photo.jpg
   cat notes.txt | %(prog)s --prompt -
 """
@@ -57,6 +59,7 @@ def build_parser() -> Parser:
     add_model(parser)
     add_adapters(parser)
     add_images(parser, "path, URL, or - for standard input; several are seen in this order")
+    add_videos(parser)
     add_prompt(parser, "the question, or - to read it from standard input")
     parser.add_argument(
         "--chat",
@@ -146,7 +149,8 @@ def _chat(
         cache_options=cache_options,
     )
     settings = {name: getattr(args, name) for name in SETTINGS} | {"constraint": constraint}
-    Chat(session, settings, args.verbose, notice).run(args.image, args.prompt)
+    chat = Chat(session, settings, args.verbose, notice)
+    chat.run(args.image, args.prompt, args.video, args.frames)
 
 
 def load_model(
@@ -187,9 +191,9 @@ def _messages(args: argparse.Namespace) -> list[dict[str, Any]]:
     text = _read_prompt() if args.prompt == "-" else args.prompt
     if not text.strip():
         raise PromptError("the prompt is empty; ask something")
-    content: Any = text
-    if args.image:
-        content = [*({"type": "image"} for _ in args.image), {"type": "text", "text": text}]
+    seen = [{"type": "image"} for _ in args.image]
+    seen += [{"type": "video", "video": film, "frames": args.frames} for film in args.video]
+    content = [*seen, {"type": "text", "text": text}] if seen else text
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     return [*system, {"role": "user", "content": content}]
 

@@ -160,6 +160,7 @@ class AnswerRow(Row):
         prompt = question.prepare(processor)
         if len(prompt.token_ids) == 0:
             raise PromptError("the prompt has no tokens; it needs one or more")
+        prompt.plan.check_length(model.config.text_config.max_position_embeddings)
         sampling = question.sampling.apply(processor.generation_config.sampling)
         sampler, processors = from_settings(sampling, question.seed)
         super().__init__(

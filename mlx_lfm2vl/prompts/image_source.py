@@ -179,11 +179,11 @@ def source_name(image: Any) -> str:
     return one_line(str(getattr(image, "name", "image")))
 
 
-def open_source(image: Any, max_bytes: int = MAX_FILE_BYTES) -> BinaryIO:
+def open_source(image: Any, max_bytes: int | None = None) -> BinaryIO:
     """An encoded picture or film as a file; what lies in memory is bounded like a picture's file.
 
     Args:
-        max_bytes: of a file on disk.
+        max_bytes: of a file on disk, if it may be larger than that of a picture.
 
     Raises:
         ImageError, OSError, ValueError: it cannot be had.
@@ -211,7 +211,7 @@ def open_source(image: Any, max_bytes: int = MAX_FILE_BYTES) -> BinaryIO:
     return io.BytesIO(data)
 
 
-def _open_file(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> BinaryIO:
+def _open_file(path: str | Path, max_bytes: int | None = None) -> BinaryIO:
     # not `Path.expanduser`, which fails if ~ begins a name that is no user's
     place = os.path.expanduser(path)
     status = os.stat(place)  # before opening: a pipe would block, a device may never end
@@ -222,7 +222,8 @@ def _open_file(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> BinaryIO:
     return open(place, "rb")
 
 
-def _check_length(length: int, most: int = MAX_FILE_BYTES) -> None:
+def _check_length(length: int, most: int | None = None) -> None:
+    most = MAX_FILE_BYTES if most is None else most
     if length == 0:
         raise ValueError("it is empty: it has 0 bytes")
     if length > most:

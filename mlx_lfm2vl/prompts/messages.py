@@ -29,6 +29,11 @@ def image_of(item: Mapping[str, Any]) -> Any:
     return _named(item, ("image", "url", "path", "image_url"))
 
 
+def video_of(item: Mapping[str, Any]) -> Any:
+    """The film that an item names, under any of its keys; None if there is none."""
+    return _named(item, ("video", "url", "path", "video_url"))
+
+
 def _named(item: Mapping[str, Any], names: Sequence[str]) -> Any:
     found = next((item[name] for name in names if item.get(name) is not None), None)
     return found.get("url") if isinstance(found, Mapping) else found  # {"image_url": {"url": …}}
@@ -61,7 +66,7 @@ def _with_frames(message: Message, see: See) -> Message:
         if not is_video(item):
             items.append(item)
             continue
-        film = _named(item, ("video", "url", "path", "video_url"))
+        film = video_of(item)
         if film is None:
             raise PromptError(
                 f"the film {item!r:.200} has no video; it must be a path, URL or bytes"

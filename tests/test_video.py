@@ -107,7 +107,7 @@ def test_films_are_turned_upright(turn, tmp_path):
 
 @pytest.mark.parametrize("count", [0, -1, 1025, 2.5, "4", True])
 def test_odd_numbers_of_frames(count, film):
-    with pytest.raises(PromptError, match="frames is .*; it must be a whole number from 1 to"):
+    with pytest.raises(PromptError, match=r"frames is .*; it must be a whole number from 1 to"):
         sample_video(film, count)
 
 

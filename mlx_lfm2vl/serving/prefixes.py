@@ -59,6 +59,10 @@ class PrefixStore:
         chosen = stops[:: -(-len(stops) // MOST_STOPS) or 1]
         return sorted({prompt.system_length, *chosen} - {0})
 
+    def known(self, prompt: Prompt, options: CacheOptions) -> int:
+        """The length of the longest known beginning of a prompt."""
+        return next((self.entries[key].length for key in self.keys(prompt, options)), 0)
+
     def find(self, prompt: Prompt, options: CacheOptions) -> list[Cache] | None:
         """A cache of one's own that holds the longest known beginning of a prompt."""
         for key in self.keys(prompt, options):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -11,8 +10,11 @@ from typing import Any, Unpack
 from ..errors import PromptError
 from ..generation.answer import GenerationResponse
 from ..generation.asking import scores, value_of
-from ..generation.engine import AnswerRow, Engine
+from ..generation.engine import Engine
+from ..generation.estimate import Estimate, estimate
 from ..generation.generate import run
+from ..generation.speeds import Speeds
+from ..generation.usage import Usage
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..options import CacheOptions, ImageOptions
 from ..prompts.image_processor import NO_OPTIONS, ImageInput
@@ -24,31 +26,6 @@ from .prefixes import MAX_PREFIX_BYTES, PrefixStore
 from .session_file import read_session, write_session
 
 Item = Mapping[str, Any]  # of a message's content
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What the last question or image cost.
-
-    Attributes:
-        prompt_tokens: positions of the whole prompt.
-        reused_tokens: how many of them were there from before.
-        processed_tokens: how many went through the model now.
-        encoded_images: images that went through the vision tower now.
-        generation_tokens: tokens of the answer.
-    """
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    processed_tokens: int = 0
-    encoded_images: int = 0
-    generation_tokens: int = 0
-
-    @classmethod
-    def of(cls, row: AnswerRow) -> Usage:
-        """What a row has cost so far."""
-        length, reused = len(row.token_ids), row.reused
-        return cls(length, reused, length - reused, row.encoded_images, len(row.tokens))
 
 
 class Talk:
@@ -215,6 +192,18 @@ class Session(Talk):
     def choose(self, question: str, options: Sequence[str]) -> dict[str, float]:
         """How probable each of some answers is; see `generation.asking.choose`."""
         return scores(self._engine(), self.question(question), options)
+
+    def estimate(
+        self, question: str, *, speeds: Speeds | None = None, **settings: Unpack[AnswerSettings]
+    ) -> Estimate:
+        """What `ask` or `send` will cost; see `generation.estimate.estimate`."""
+        return estimate(
+            self.model,
+            self.processor,
+            self.question(question, **settings),
+            speeds=speeds,
+            prefixes=self.prefixes,
+        )
 
     def send(self, message: str, **settings: Unpack[AnswerSettings]) -> str:
         """A turn of the conversation: message and answer become part of it.

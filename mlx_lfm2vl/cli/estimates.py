@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..generation.usage import Usage
     from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 
+CURE = "run the benchmark, or any question like it, once"
 STAGES = {"vision": "images", "prefill": "prompt", "decode": "answer"}
 
 
@@ -73,13 +74,15 @@ def write_estimate(found: Estimate, as_json: bool) -> None:
 def time_of(seconds: Mapping[str, float | None]) -> str:
     """Seconds of each stage and of all, or that they are unknown."""
     known = [s for s in seconds.values() if s is not None]
+    if not any(known):
+        return f"unknown; {CURE}" if len(known) < len(seconds) else "none"
     parts = [
         f"{STAGES[stage]} {'unknown' if s is None else duration(s)}"
         for stage, s in seconds.items()
         if s != 0
     ]
     if len(known) < len(seconds):
-        return f"{', '.join(parts)}; run the benchmark, or any question like it, once"
+        return f"{', '.join(parts)}; {CURE}"
     return f"at most {duration(sum(known))} ({', '.join(parts)})"
 
 

@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> None:
     cache_options = options_from(args, CacheOptions)
     sampling = options_from(args, Sampling)  # a wrong value is told before the model is loaded
     constraint, tools = constraint_from(args)
+    if args.frames is not None and not args.video and not args.chat:
+        raise PromptError("--frames belongs to --video, which is missing")
     if args.chat:
         _chat(args, image_options, cache_options, constraint, tools)
         return

@@ -1,7 +1,9 @@
 """What the tests share: folders of small checkpoints that the official implementation ran."""
 
+import os
 import shutil
 import signal
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +14,10 @@ from .helpers import FIXTURES, random_language_model
 
 
 def pytest_configure(config):
+    # what commands remember of speeds is the user's own
+    cache = tempfile.TemporaryDirectory()
+    os.environ["XDG_CACHE_HOME"] = cache.name
+    config.add_cleanup(cache.cleanup)
     # a suite started in the background ignores Ctrl-C, and so would the programs that it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):  # before any worker starts

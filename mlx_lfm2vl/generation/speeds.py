@@ -23,7 +23,8 @@ from .usage import Usage
 
 VERSION = 1
 DECAY = 0.9  # a run counts so much of the next one
-NOTEWORTHY = 0.01  # squared relative errors, summed, that another kind of cost must take away
+NOTEWORTHY = 0.003  # squared relative errors, summed, that another kind of cost must take away
+RATELESS = 0.05  # the same for costs without the first kind: sizes that are alike cannot tell
 MOST_MODELS = 200  # in the file
 PATIENCE = 5.0  # seconds to wait for another process that writes
 # stages and their work: patches and 1; positions and 1; tokens, tokens times positions, and 1.
@@ -80,6 +81,7 @@ class Fit:
             part = gram[np.ix_(chosen, chosen)] / np.outer(scale, scale)
             found = np.linalg.lstsq(part, moment[chosen] / scale, rcond=1e-9)[0] / scale
             error = self.runs - float(moment[chosen] @ found) + NOTEWORTHY * len(chosen)
+            error += 0.0 if 0 in chosen else RATELESS
             if (found >= 0).all() and error < least - 1e-9:
                 least, best = error, [0.0] * size
                 for kind, cost in zip(chosen, found, strict=True):

@@ -13,6 +13,7 @@ from PIL import Image
 from mlx_lfm2vl import Quantization, convert
 
 from .checkpoints.pictures import picture
+from .films import write_film
 from .serving import serving, until
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,7 @@ DEFAULT_MODEL = "LiquidAI/LFM2.5-VL-450M"
 def folder(tmp_path, monkeypatch):
     for name in ("photo.jpg", "before.jpg", "after.jpg"):
         Image.fromarray(picture(100, 60, len(name))).save(tmp_path / name)
+    write_film(tmp_path / "film.mp4", frames=9)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -481,7 +481,7 @@ def prepare(path: str, task: Task, processor: Lfm2VlProcessor, done: set[Key]) -
     try:
         content = data if task.sees_film(path) else load_image(data)
         messages = task.messages(path, content)
-        prompt = processor(messages, tools=task.tools, image_options=task.image_options)
+        prompt = processor(messages, None, tools=task.tools, image_options=task.image_options)
     except ImageError as error:
         return Prepared(path, digest, error=" ".join(str(error).split()))
     return Prepared(path, digest, prompt)

@@ -95,13 +95,10 @@ def run(args: argparse.Namespace) -> None:
     cache_options = options_from(args, CacheOptions)
     sampling = options_from(args, Sampling)  # a wrong value is told before the model is loaded
     constraint, tools = constraint_from(args)
-    if args.frames is not None and not args.video and not args.chat:
-        raise PromptError("--frames belongs to --video, which is missing")
     if args.chat:
         _chat(args, image_options, cache_options, constraint, tools)
         return
-    messages = _messages(args)
-    images = [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
+    messages, images = _messages(args), [_read_image(image) for image in args.image]
 
     from ..generation.engine import Engine
     from ..generation.estimate import estimate
@@ -199,6 +196,8 @@ def is_photograph(image: Any) -> bool:
 
 
 def _messages(args: argparse.Namespace) -> list[dict[str, Any]]:
+    if args.frames is not None and not args.video:
+        raise PromptError("--frames belongs to --video, which is missing")
     if args.prompt is None:
         raise PromptError(_no_prompt(args.image))
     if args.prompt == "-" and "-" in args.image:
@@ -229,6 +228,10 @@ def _no_prompt(images: Sequence[str]) -> str:
         f'--prompt is missing: "{question}" stands after --image and was taken for an image; '
         f'a question is --prompt "{question}"'
     )
+
+
+def _read_image(image: str) -> str | bytes:
+    return sys.stdin.buffer.read() if image == "-" else image
 
 
 def _read_prompt() -> str:

@@ -286,6 +286,8 @@ def user_message(items: Sequence[Item], text: str) -> dict[str, Any]:
 
 
 def _seen_in(message: Message) -> list[Item]:
-    """What a message is about: all that comes before its text."""
+    """What a message is about: all of it but its last text."""
     content = message["content"]
-    return list(content[:-1]) if isinstance(content, list) else []
+    items = list(content) if isinstance(content, list) else []
+    texts = [place for place, item in enumerate(items) if item["type"] == "text"]
+    return items[: texts[-1]] + items[texts[-1] + 1 :] if texts else items

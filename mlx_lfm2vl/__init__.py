@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .generation.asking import ask_json, choose
     from .generation.batch import BatchResult, batch_generate, stream_batch
     from .generation.engine import Engine
+    from .generation.estimate import Estimate, estimate
     from .generation.generate import generate, stream_generate
     from .generation.grounding import (
         Block,
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
         to_coco,
         to_supervision,
     )  # fmt: skip
+    from .generation.speeds import Speeds, read_speeds, remember
+    from .generation.usage import Usage
     from .models.config import Lfm2VlConfig
     from .models.lfm2_vl import (
         Lfm2VlForConditionalGeneration,
@@ -58,11 +61,12 @@ if TYPE_CHECKING:
     from .prompts.question import Question
     from .prompts.tool_calls import ToolCall, parse_calls
     from .prompts.tool_grammar import function_schema
+    from .prompts.video import sample_video
     from .serving.frames import Frame, Frames, frames
     from .serving.gate import Gate
     from .serving.pending import AnswerCancelled, PendingAnswer
     from .serving.prefixes import PrefixStore
-    from .serving.session import Session, Usage
+    from .serving.session import Session
     from .serving.watch import Sighting, Watch, watch
     from .serving.worker import Worker
     from .training.data import read_dataset
@@ -83,9 +87,12 @@ _EXPORTS = {
         "generation.asking": "ask_json choose",
         "generation.batch": "BatchResult batch_generate stream_batch",
         "generation.engine": "Engine",
+        "generation.estimate": "Estimate estimate",
         "generation.generate": "generate stream_generate",
         "generation.grounding": "Block Box detect draw extract layout parse_boxes to_coco "
         "to_supervision",
+        "generation.speeds": "Speeds read_speeds remember",
+        "generation.usage": "Usage",
         "models.config": "Lfm2VlConfig",
         "models.lfm2_vl": "Lfm2VlForConditionalGeneration Lfm2VlImageOutput Lfm2VlModel "
         "Lfm2VlModelOutput Lfm2VlOutput",
@@ -96,11 +103,12 @@ _EXPORTS = {
         "prompts.question": "Question",
         "prompts.tool_calls": "ToolCall parse_calls",
         "prompts.tool_grammar": "function_schema",
+        "prompts.video": "sample_video",
         "serving.frames": "Frame Frames frames",
         "serving.gate": "Gate",
         "serving.pending": "AnswerCancelled PendingAnswer",
         "serving.prefixes": "PrefixStore",
-        "serving.session": "Session Usage",
+        "serving.session": "Session",
         "serving.watch": "Sighting Watch watch",
         "serving.worker": "Worker",
         "training.data": "read_dataset",

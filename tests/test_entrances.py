@@ -208,6 +208,15 @@ CASES = [
         "contradicting image options", images=RED, flags=None, fails="max_image_tokens is 1",
         settings={"image_options": ImageOptions(max_image_tokens=1)},
     ),
+    Case(
+        "missing film", prompt=user({"type": "video", "video": "no.mp4"}, TEXT), flags=None,
+        fails="no.mp4 does not exist",
+    ),
+    Case(
+        "no frames", prompt=user({"type": "video", "video": "no.mp4", "frames": 0}, TEXT),
+        flags=None, fails="frames is 0; it must be a whole number from 1 to 1024",
+    ),
+    Case("no film", prompt=user({"type": "video"}, TEXT), flags=None, fails="has no video; it"),
     Case("missing image", images="no.png", flags=("--image", "no.png"), fails="no.png does not"),
     Case("too many images", prompt=user(TEXT), images=[RED], flags=None, fails="places for only"),
     Case("too few images", prompt=user({"type": "image"}, TEXT), flags=None, fails="more image"),

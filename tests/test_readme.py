@@ -15,7 +15,7 @@ from PIL import Image
 from mlx_lfm2vl import Quantization, convert
 
 from .checkpoints.pictures import picture
-from .helpers import write_film
+from .films import write_film
 from .serving import serving, until
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ DEFAULT_MODEL = "LiquidAI/LFM2.5-VL-450M"
 def folder(tmp_path, monkeypatch):
     for name in ("photo.jpg", "before.jpg", "after.jpg"):
         Image.fromarray(picture(100, 60, len(name))).save(tmp_path / name)
-    write_film(tmp_path / "film.mp4", [Image.fromarray(picture(64, 48, n)) for n in range(3)])
+    write_film(tmp_path / "film.mp4", frames=9)
     (tmp_path / "photos").mkdir()
     shutil.copy(tmp_path / "photo.jpg", tmp_path / "photos" / "a.jpg")
     (tmp_path / "examples").symlink_to(ROOT / "examples")

@@ -11,12 +11,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from ..errors import PromptError
 from ..options import ImageOptions, Sampling
-from ..serving.folder import SUFFIXES, Counts, Lines, Task, answer_all, find_images
+from ..prompts.video import FRAMES
+from ..serving.folder import (
+    FILMS,
+    SUFFIXES,
+    Counts,
+    FolderEstimate,
+    Lines,
+    Task,
+    answer_all,
+    estimate_all,
+    find_images,
+)
+from .estimates import add_dry_run, count, learn, time_of
 from .options import (
     add_adapters,
     add_answer,
@@ -32,13 +45,14 @@ from .options import (
     path,
     whole,
 )
-from .terminal import Parser, make_parser, run_command
+from .terminal import Parser, make_parser, run_command, write
 
 EPILOG = """\
 examples:
   %(prog)s --images photos --prompt "Describe this photo." --output captions.jsonl
   %(prog)s --images "scans/**/*.png" a.jpg --prompt "Read it." --output text.jsonl --temp 0
   %(prog)s --images photos --prompt "Describe it." --output part1.jsonl --shard 1/2
+  %(prog)s --images photos --prompt "Describe it." --output part1.jsonl --dry-run
 
 Start the same command again to continue where it stopped. An image is known by its path and its
 content: a changed file is asked about again and gets a line of its own, the old line stays. A
@@ -87,6 +101,13 @@ def build_parser() -> Parser:
         metavar="I/N",
         help="take only every N-th image, the I-th of them first",
     )
+    parser.add_argument(
+        "--frames",
+        type=whole,
+        metavar="N",
+        help=f"ask about films, too, by N frames of each: {' '.join(FILMS)}",
+    )
+    add_dry_run(parser)
     add_sampling(parser)
     add_image_options(parser)
     add_constraint(parser)
@@ -110,12 +131,26 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def run(args: argparse.Namespace) -> None:
     """Does what the arguments ask for; errors are exceptions."""
     task = _task(args)
-    images = find_images(args.images)[args.shard[0] :: args.shard[1]]
+    suffixes = SUFFIXES if args.frames is None else (*SUFFIXES, *FILMS)
+    images = find_images(args.images, suffixes)[args.shard[0] :: args.shard[1]]
     output = Path(args.output)
+    if args.dry_run:
+        with _progress(len(images)) as progress:
+            found = estimate_all(
+                task, images, output, batch_size=args.batch_size, progress=progress
+            )
+        _write_estimate(found, task.max_tokens)
+        return
     started = time.perf_counter()
     with Lines(output) as lines, _progress(len(images)) as progress, _ctrl_c() as check:
         counts = answer_all(
-            task, images, lines, batch_size=args.batch_size, progress=progress, check=check
+            task,
+            images,
+            lines,
+            batch_size=args.batch_size,
+            progress=progress,
+            check=check,
+            learn=partial(learn, first=True, free=task.constraint is None),
         )
     _write_summary(output, counts, time.perf_counter() - started)
 
@@ -123,6 +158,7 @@ def run(args: argparse.Namespace) -> None:
 def _task(args: argparse.Namespace) -> Task:
     if not args.prompt.strip():
         raise PromptError("the prompt is empty; ask something")
+    FRAMES.check("frames", args.frames, PromptError)
     model = model_from(args)
     constraint, tools = constraint_from(args)
     return Task(
@@ -138,6 +174,7 @@ def _task(args: argparse.Namespace) -> Task:
         sampling=options_from(args, Sampling),
         image_options=options_from(args, ImageOptions),
         constraint=constraint,
+        frames=args.frames,
         tools=tools,
     )
 
@@ -184,6 +221,21 @@ def _ctrl_c() -> Iterator[Callable[[], None]]:
         yield check
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _write_estimate(found: FolderEstimate, max_tokens: int) -> None:
+    parts = [f"{found.images:,} to be answered"]
+    if found.known:
+        parts.append(f"{found.known:,} done before")
+    if found.unreadable:
+        parts.append(f"{found.unreadable:,} that cannot be read")
+    write(
+        f"images: {', '.join(parts)}\n"
+        f"prompts: {count(found.prompt_tokens, 'token')}, {found.image_tokens:,} of them of images "
+        f"({found.patches:,} patches)\n"
+        f"answers: at most {count(found.images * max_tokens, 'token')}\n"
+        f"time: {time_of(found.stages)}\n"
+    )
 
 
 def _write_summary(output: Path, counts: Counts, seconds: float) -> None:

@@ -9,12 +9,14 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import OutputError
 from ..measuring import DEFAULT_ROUNDS, DEFAULT_ROWS, DEFAULT_TOKENS
 from ..options import ImageOptions
+from .estimates import learn
 from .options import (
     add_adapters,
     add_image_options,
@@ -203,6 +205,7 @@ def run(args: argparse.Namespace) -> None:
         patches_per_group=args.patches_per_group,
         prefill_steps=args.prefill_step,
         progress=_tell if sys.stderr.isatty() else None,
+        learn=partial(learn, first=False, free=True),
     )
     write((as_json(result) if alone else as_table(result)) + "\n")
     if file is not None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
 }
 HELP = (
     ("/image PATH", "show an image (several wait for the next message together)"),
+    ("/video PATH", "show a film, or some frames of it: /video PATH 32"),
     ("/undo", "take back the last question and its answer"),
     ("/reset", "begin again; the system message stays, images are forgotten"),
     ("/system TEXT", "set the system message before the first question; alone: show it"),
@@ -77,6 +79,7 @@ class Chat:
         self.files: set[Path] = set()  # saved to or loaded from in this conversation
         self.commands: dict[str, Callable[[str], None]] = {
             "/image": self._image,
+            "/video": self._video,
             "/undo": self._undo,
             "/reset": self._reset,
             "/system": self._system,
@@ -88,12 +91,20 @@ class Chat:
             "/help": lambda _: write(help_text(shutil.get_terminal_size().columns)),
         }
 
-    def run(self, images: Sequence[str] = (), message: str | None = None) -> None:
-        """Shows the images, sends the message, and talks until the user leaves."""
+    def run(
+        self,
+        images: Sequence[str] = (),
+        message: str | None = None,
+        videos: Sequence[str] = (),
+        frames: int | None = None,
+    ) -> None:
+        """Shows images and films, sends the message, and talks until the user leaves."""
         self._prepare_input()
         write("Ask something; /help lists the rest.\n")
         for image in images:
             self._try(self._see, image)
+        for video in videos:
+            self._try(partial(self._film, frames), video)
         if message is not None:
             self._try(self._answer, message)
         while True:
@@ -117,7 +128,7 @@ class Chat:
             return [name for name in (*self.commands, "/quit") if line and name.startswith(line)]
         if word == "/set":
             return [f"{word} {name} " for name in SETTINGS if name.startswith(rest)]
-        if word not in ("/image", "/save", "/save!", "/load"):
+        if word not in ("/image", "/video", "/save", "/save!", "/load"):
             return []
         start = path(rest.lstrip("\"'"))
         return [
@@ -186,12 +197,23 @@ class Chat:
         for image in image_paths(_required(rest, "/image PATH")):
             self._see(image)
 
+    def _video(self, rest: str) -> None:
+        name, _, frames = _required(rest, "/video PATH [FRAMES]").rpartition(" ")
+        count = int(frames) if name and frames.isdecimal() else None
+        self._film(count, file_path(rest if count is None else name))
+
+    def _film(self, frames: int | None, video: str) -> None:
+        self._show(video, lambda: self.session.see_video(video, frames))
+
     def _see(self, image: str) -> None:
-        start = time.perf_counter()
-        self.session.see(image)
-        positions = self.session.usage.processed_tokens
-        write(f"({image}: {positions} positions, {time.perf_counter() - start:.2f} s)\n")
+        self._show(image, lambda: self.session.see(image))
         self.notice(image)
+
+    def _show(self, name: str, see: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        see()
+        positions = self.session.usage.processed_tokens
+        write(f"({name}: {positions} positions, {time.perf_counter() - start:.2f} s)\n")
 
     def _undo(self, _: str) -> None:
         self.session.undo()
@@ -281,7 +303,7 @@ class Chat:
     @property
     def _waiting(self) -> int:
         """Images that wait for the next message."""
-        return len(self.session.pending)
+        return sum(item["type"] == "image" for item in self.session.pending)
 
     @property
     def _about(self) -> str:

@@ -122,7 +122,8 @@ def _convert(args: argparse.Namespace) -> None:
         from ..conversion.card import add_report
         from ..conversion.report import as_table, report
 
-        table = as_table(report(source, [target]))
+        with progress_bar("sample") as progress:
+            table = as_table(report(source, [target], progress=progress))
         add_report(target, table)
         sys.stdout.write(table + "\n")
     if args.upload_repo is not None:
@@ -165,21 +166,22 @@ def _report(args: argparse.Namespace) -> None:
 
     if args.plot is not None:
         check_plot(args.plot)
-    results = report(args.reference, args.others, args.samples)
+    with progress_bar("sample") as progress:
+        results = report(args.reference, args.others, args.samples, progress)
     if args.plot is not None:
         plot(results, args.plot)
     sys.stdout.write((as_json(results) if args.json else as_table(results)) + "\n")
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal, nothing elsewhere."""
+def progress_bar(unit: str = "tensor") -> Iterator[Callable[[int, int], None] | None]:
+    """A bar with the time left on a terminal, nothing elsewhere."""
     if not sys.stderr.isatty():
         yield None
         return
     from tqdm import tqdm
 
-    with tqdm(unit="tensor", leave=False) as bar:
+    with tqdm(unit=unit, leave=False) as bar:
 
         def update(done: int, count: int) -> None:
             bar.total = count

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import PromptError
 from ..options import CacheOptions, GenerationConfig, ImageOptions, Sampling, SamplingConfig
+from .estimates import add_dry_run, learn, write_estimate
 from .options import (
     add_adapters,
     add_answer,
@@ -22,6 +23,7 @@ from .options import (
     add_model,
     add_prompt,
     add_sampling,
+    add_videos,
     constraint_from,
     is_text,
     model_from,
@@ -31,9 +33,10 @@ from .terminal import Parser, make_parser, run_command, tell, write
 
 if TYPE_CHECKING:
     from ..generation.answer import GenerationResponse
+    from ..generation.engine import AnswerRow
     from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
     from ..prompts.constraint import Constraint
-    from ..prompts.processor import Lfm2VlProcessor, Prompt
+    from ..prompts.processor import Lfm2VlProcessor
     from ..prompts.question import Tools
 
 PHOTOGRAPH_BITS = 6.0  # entropy of 32 x 32 grey pixels: drawings stay below 5.5, photos above 6.4
@@ -41,6 +44,7 @@ EPILOG = """\
 examples:
   %(prog)s --image photo.jpg --prompt "What is in this image?"
   %(prog)s --image a.jpg b.jpg --prompt "What changed?" --temp 0 --max-tokens 100
+  %(prog)s --video film.mp4 --frames 8 --prompt "What happens?"
   %(prog)s --chat --image photo.jpg
   cat notes.txt | %(prog)s --prompt -
 """
@@ -57,6 +61,7 @@ def build_parser() -> Parser:
     add_model(parser)
     add_adapters(parser)
     add_images(parser, "path, URL, or - for standard input; several are seen in this order")
+    add_videos(parser)
     add_prompt(parser, "the question, or - to read it from standard input")
     parser.add_argument(
         "--chat",
@@ -70,6 +75,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--verbose", "-v", action="store_true", help="print settings and statistics on stderr"
     )
+    add_dry_run(parser)
     add_sampling(parser)
     add_image_options(parser)
     add_constraint(parser)
@@ -92,35 +98,46 @@ def run(args: argparse.Namespace) -> None:
     if args.chat:
         _chat(args, image_options, cache_options, constraint, tools)
         return
-    messages = _messages(args)
-    images = [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
+    messages, images = _messages(args), [_read_image(image) for image in args.image]
 
-    from ..generation.generate import stream_generate
+    from ..generation.engine import Engine
+    from ..generation.estimate import estimate
+    from ..generation.generate import run as answer
+    from ..generation.usage import Usage
+    from ..prompts.question import Question
 
+    question = Question(
+        messages,
+        images,
+        max_tokens=args.max_tokens,
+        seed=args.seed,
+        stop=args.stop,
+        tools=tools,
+        image_options=image_options,
+        cache_options=cache_options,
+        measure_vision=True,
+        sampling=sampling,
+        constraint=constraint,
+    )
     model, processor, notice = load_model(args)
-    prompt = processor(messages, images, tools=tools, image_options=image_options)
+    if args.dry_run:
+        write_estimate(estimate(model, processor, question, first=True), args.json)
+        return
+    engine = Engine(model, processor)
+    row = engine.add(question)
     for image in images:
         notice(image)
     if args.verbose:
         _write_settings(processor.generation_config, sampling)
-    responses = stream_generate(
-        model,
-        processor,
-        prompt,
-        max_tokens=args.max_tokens,
-        seed=args.seed,
-        stop=args.stop,
-        cache_options=cache_options,
-        measure_vision=args.verbose or args.json,
-        sampling=sampling,
-        constraint=constraint,
-    )
+    responses = answer(engine, row)
+    recommended = processor.generation_config.sampling
     if args.json:
-        last = _print_json(model_from(args), processor, prompt, sampling, responses, constraint)
+        last = _print_json(model_from(args), row, sampling, recommended, responses)
     else:
         last = _print_text(responses)
     if args.verbose:
         _write_statistics(last)
+    learn(model, [Usage.of(row)], first=True, free=constraint is None)
 
 
 def _chat(
@@ -130,8 +147,8 @@ def _chat(
     constraint: Constraint | None,
     tools: Tools | None,
 ) -> None:
-    if args.json or "-" in (args.prompt, *args.image):
-        raise PromptError("--chat reads standard input itself, without --json and -")
+    if args.json or args.dry_run or "-" in (args.prompt, *args.image):
+        raise PromptError("--chat reads standard input itself, without --json, --dry-run and -")
 
     from ..serving.session import Session
     from .chat import SETTINGS, Chat
@@ -146,7 +163,8 @@ def _chat(
         cache_options=cache_options,
     )
     settings = {name: getattr(args, name) for name in SETTINGS} | {"constraint": constraint}
-    Chat(session, settings, args.verbose, notice).run(args.image, args.prompt)
+    chat = Chat(session, settings, args.verbose, notice)
+    chat.run(args.image, args.prompt, args.video, args.frames)
 
 
 def load_model(
@@ -178,6 +196,8 @@ def is_photograph(image: Any) -> bool:
 
 
 def _messages(args: argparse.Namespace) -> list[dict[str, Any]]:
+    if args.frames is not None and not args.video:
+        raise PromptError("--frames belongs to --video, which is missing")
     if args.prompt is None:
         raise PromptError(_no_prompt(args.image))
     if args.prompt == "-" and "-" in args.image:
@@ -187,9 +207,9 @@ def _messages(args: argparse.Namespace) -> list[dict[str, Any]]:
     text = _read_prompt() if args.prompt == "-" else args.prompt
     if not text.strip():
         raise PromptError("the prompt is empty; ask something")
-    content: Any = text
-    if args.image:
-        content = [*({"type": "image"} for _ in args.image), {"type": "text", "text": text}]
+    seen = [{"type": "image"} for _ in args.image]
+    seen += [{"type": "video", "video": film, "frames": args.frames} for film in args.video]
+    content = [*seen, {"type": "text", "text": text}] if seen else text
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     return [*system, {"role": "user", "content": content}]
 
@@ -208,6 +228,10 @@ def _no_prompt(images: Sequence[str]) -> str:
         f'--prompt is missing: "{question}" stands after --image and was taken for an image; '
         f'a question is --prompt "{question}"'
     )
+
+
+def _read_image(image: str) -> str | bytes:
+    return sys.stdin.buffer.read() if image == "-" else image
 
 
 def _read_prompt() -> str:
@@ -230,12 +254,13 @@ def _print_text(responses: Iterator[GenerationResponse]) -> GenerationResponse:
 
 def _print_json(
     model: str,
-    processor: Lfm2VlProcessor,
-    prompt: Prompt,
+    row: AnswerRow,
     sampling: Sampling,
+    recommended: SamplingConfig,
     responses: Iterator[GenerationResponse],
-    constraint: Constraint | None,
 ) -> GenerationResponse:
+    prompt, constraint = row.prompt, row.question.constraint
+    assert prompt is not None
     text, tokens, calls = "", [], list[dict[str, Any]]()
     for response in responses:
         text += response.text
@@ -252,7 +277,7 @@ def _print_json(
         "image_tokens": list(response.image_tokens),
         "image_views": [image.views for image in prompt.images],
         "generation_tokens": response.generation_tokens,
-        "sampling": asdict(sampling.apply(processor.generation_config.sampling)),
+        "sampling": asdict(sampling.apply(recommended)),
         "timings": {
             "vision_s": response.vision_time,
             "time_to_first_token_s": response.time_to_first_token,

@@ -144,6 +144,22 @@ def add_images(
     )
 
 
+def add_videos(parser: argparse.ArgumentParser) -> None:
+    """--video, one or several, and how many frames of each are seen."""
+    parser.add_argument(
+        "--video",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=path,
+        metavar="FILM",
+        help="path or URL; evenly chosen frames are seen after the images (needs the extra video)",
+    )
+    parser.add_argument(
+        "--frames", type=whole, metavar="N", help="frames of each film (default: 16)"
+    )
+
+
 def add_prompt(parser: argparse.ArgumentParser, help: str, *, required: bool = False) -> None:
     """The question, and the system message before it."""
     parser.add_argument("--prompt", "-p", type=text, required=required, metavar="TEXT", help=help)

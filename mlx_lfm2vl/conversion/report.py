@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,7 +24,7 @@ from ..errors import ConvertError, DataError
 from ..generation.generate import generate_step
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..prompts.processor import Prompt
-from .plan import make_plan, parameters_of
+from .plan import Progress, make_plan, parameters_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -106,6 +106,7 @@ def report(
     reference: str | Path,
     others: Sequence[str | Path],
     folder: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> list[Fidelity]:
     """Compares checkpoints with a reference.
 
@@ -113,14 +114,22 @@ def report(
         reference: the checkpoint that counts as right.
         others: one or several conversions of it.
         folder: more samples of the user, see `samples`.
+        progress: called with samples answered so far, by all checkpoints, and all.
 
     Raises:
         ConvertError: the folder holds no samples, or the vocabularies differ.
         DataError: a conversation cannot be read.
     """
     chosen = samples(folder)
-    right = _run(reference, chosen, None)
-    return [_compare(other, right, _run(other, chosen, right)) for other in others]
+    total = (1 + len(others)) * (len(chosen.conversations) + len(chosen.texts))
+    numbers = count(1)
+
+    def step() -> None:
+        if progress is not None:
+            progress(next(numbers), total)
+
+    right = _run(reference, chosen, None, step)
+    return [_compare(other, right, _run(other, chosen, right, step)) for other in others]
 
 
 def samples(folder: str | Path | None) -> Samples:
@@ -225,8 +234,15 @@ def made_images() -> Iterator[Image.Image]:
     yield large
 
 
-def _run(model_path: str | Path, chosen: Samples, right: _Outputs | None) -> _Outputs:
-    """Asks a checkpoint; `right` are the reference's outputs, None for the reference itself."""
+def _run(
+    model_path: str | Path, chosen: Samples, right: _Outputs | None, step: Callable[[], None]
+) -> _Outputs:
+    """Asks a checkpoint.
+
+    Args:
+        right: the reference's outputs, None for the reference itself.
+        step: called after each question.
+    """
     model, processor = load(model_path, dtype="float32")
     prompts = [processor(talk) for talk in chosen.conversations]
     prompts.sort(key=lambda prompt: prompt.pixel_values is None)
@@ -249,6 +265,7 @@ def _run(model_path: str | Path, chosen: Samples, right: _Outputs | None) -> _Ou
         if number < len(prompts):  # of a text, it is the text itself that is scored
             scored = answer if right is None else right.answers[number]
             outputs.logprobs.append(_logprobs(model, embeddings, scored))
+        step()
     for text in texts:
         outputs.logprobs.append(_logprobs(model, model.embed(text[:1])[0], text[1:]))
     return outputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from mlx.utils import tree_flatten
 
@@ -13,16 +14,19 @@ from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..options import Bound
 from ..prompts.messages import Conversation
 from ..prompts.processor import Lfm2VlProcessor, Prompt
-from ..prompts.question import Question
+from ..prompts.question import NO_CACHE_OPTIONS, Question
 from ..prompts.tool_calls import ToolCall
-from .engine import Engine, Row
+from .engine import AnswerRow, Engine
+from .estimate import position_bytes
 from .generate import as_question
 from .memory import memory_limits
+from .usage import Usage
 
 DEFAULT_BATCH_SIZE = 8
 BATCH_SIZE = Bound(int, 1, 4096)
 MOST_ROWS = 16  # of what is chosen by memory; wider steps gain little
 TYPICAL_POSITIONS = 4096  # a large image, a question, an answer
+NO_USAGE = Usage()
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class BatchResult:
         image_tokens: image tokens of each image.
         closed: whether it is whole at its limit, see `GenerationResponse`.
         tool_calls: what the answer calls; they stand in the text, too.
+        usage: what it cost.
     """
 
     index: int
@@ -47,6 +52,7 @@ class BatchResult:
     image_tokens: tuple[int, ...]
     closed: bool = False
     tool_calls: tuple[ToolCall, ...] = ()
+    usage: Usage = NO_USAGE
 
 
 def batch_generate(
@@ -89,7 +95,7 @@ def stream_batch(
     # all prompts are read before a step: nobody watches a single answer grow
     engine = Engine(model, processor, max_rows=batch_size, fair=False)
     waiting = enumerate(questions)
-    pieces: dict[Row, tuple[int, list[str], list[ToolCall]]] = {}
+    pieces: dict[AnswerRow, tuple[int, list[str], list[ToolCall]]] = {}
     with memory_limits(model):
         while True:
             while len(pieces) < batch_size and (following := next(waiting, None)) is not None:
@@ -97,9 +103,10 @@ def stream_batch(
                 pieces[engine.add(as_question(question))] = index, [], []
             if not pieces:
                 return
-            for row, response, error in engine.step():
+            for event, response, error in engine.step():
                 if error is not None:
                     raise error
+                row = cast(AnswerRow, event)
                 index, texts, calls = pieces[row]
                 texts.append(response.text)
                 calls += response.tool_calls
@@ -114,20 +121,14 @@ def stream_batch(
                         response.image_tokens,
                         response.closed,
                         tuple(calls),
+                        Usage.of(row),
                     )
 
 
 def suggested_batch_size(model: Lfm2VlForConditionalGeneration) -> int:
     """How many answers may grow at once in half of the memory that the weights leave free."""
-    config = model.config.text_config
-    attention = config.layer_types.count("full_attention")
-    width = 2 * config.num_key_value_heads * config.head_dim
-    row = (
-        attention
-        * width
-        * TYPICAL_POSITIONS
-        * model.language_model.model.embedding_norm.weight.dtype.size
-    )
+    itemsize = model.language_model.model.embedding_norm.weight.dtype.size
+    row = TYPICAL_POSITIONS * position_bytes(model.config.text_config, itemsize, NO_CACHE_OPTIONS)
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 - weights
     return max(1, min(MOST_ROWS, free // 2 // row))

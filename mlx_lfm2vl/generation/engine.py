@@ -21,7 +21,7 @@ from ..models.layers import backend
 from ..models.lfm2 import Lfm2ForCausalLM
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..options import CacheOptions
-from ..prompts.processor import Lfm2VlProcessor, Prompt
+from ..prompts.processor import Lfm2VlProcessor, Prompt, PromptImage
 from ..prompts.question import NO_CACHE_OPTIONS, Question
 from .answer import Answer, Clock, GenerationResponse, eos_token_ids
 from .decoding import States, decode_step
@@ -42,6 +42,9 @@ class Prefixes(Protocol):
 
     def places(self, prompt: Prompt) -> list[int]:
         """Lengths of the beginnings that are worth keeping."""
+
+    def known(self, prompt: Prompt, options: CacheOptions) -> int:
+        """The length of the longest known beginning of a prompt."""
 
     def find(self, prompt: Prompt, options: CacheOptions) -> list[Cache] | None:
         """A cache of one's own that holds the longest known beginning."""
@@ -94,6 +97,9 @@ class Row:
         self.y: mx.array | None = None  # its next token (1,), which goes in next
         self.unread = True  # nobody has been told this token yet
         self.logprobs: mx.array | None = None  # (1, vocab) it was chosen from
+        # seconds to the first token, and of decode steps after it, shared by the rows of each
+        self.prompt_time = self.answer_time = 0.0
+        self.most_rows = 1  # of a step
         self.history = mx.array([0])
 
     @property
@@ -160,6 +166,7 @@ class AnswerRow(Row):
         prompt = question.prepare(processor)
         if len(prompt.token_ids) == 0:
             raise PromptError("the prompt has no tokens; it needs one or more")
+        prompt.plan.check_length(model.config.text_config.max_position_embeddings)
         sampling = question.sampling.apply(processor.generation_config.sampling)
         sampler, processors = from_settings(sampling, question.seed)
         super().__init__(
@@ -178,21 +185,33 @@ class AnswerRow(Row):
             self.guide = Guide(question.constraint, known, question.max_tokens)
             self.logits_processors = [self.guide, *self.logits_processors]
         self.model, self.question, self.features = model, question, features
-        self.encoded_images = 0  # counted if features are remembered
+        self.encoded_images = self.encoded_patches = 0
         self.answer, self.clock = Answer(processor, question), Clock(prompt)
 
     def embed(self, start: int, stop: int) -> mx.array:
         assert self.prompt is not None
-        if self.features is not None and self.question.image_features is None:
-            inside = [image for image in self.prompt.images if start <= image.start < stop]
-            self.encoded_images += sum(image.digest not in self.features for image in inside)
+        if self.question.image_features is None:
+            self._count([image for image in self.prompt.images if start <= image.start < stop])
+        measured = self.question.measure_vision and len(self.prompt.images) > 0
+        if measured:
+            mx.eval([entry.arrays for entry in self.cache])  # what came before is not vision
+        begun = perf_counter()
         embeddings = self.model.embed_prompt(
             self.prompt, start, stop, self.features, self.question.image_features
         )
-        if self.question.measure_vision and self.prompt.images:
+        if measured:
             mx.eval(embeddings)
-            self.clock.vision_time = perf_counter() - self.clock.start
+            before = self.clock.vision_time
+            self.clock.vision_time = (before or 0.0) + perf_counter() - begun
         return embeddings
+
+    def _count(self, images: Sequence[PromptImage]) -> None:
+        """Counts what is to be encoded of these images."""
+        if self.features is not None:
+            new = {image.digest: image for image in images if image.digest not in self.features}
+            images = list(new.values())
+        self.encoded_images += len(images)
+        self.encoded_patches += sum(image.image.patches for image in images)
 
     def follow(self, token: int) -> list[int]:
         return [token] if self.guide is None else self.guide.take(token, self.left)
@@ -333,6 +352,7 @@ class Engine:
     def _read_piece(self) -> list[Event]:
         """Reads on in the first prompt; its first token is told when it is read."""
         row, pieces = self.reading[0]
+        answering, start = len(row.tokens) > 0, perf_counter()
         try:
             next(pieces)
             return []
@@ -341,6 +361,11 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
             events = [Event(row, error=error)]
             row.finished = True
+        finally:
+            if answering:
+                row.answer_time += perf_counter() - start
+            else:
+                row.prompt_time += perf_counter() - start
         self.reading.popleft()
         if not row.finished:
             self.arrivals.append(row)
@@ -401,12 +426,19 @@ class Engine:
         """One step of each batch; rows that have ended leave."""
         events: list[Event] = []
         for kind, batch in list(self.batches.items()):
+            start, rows = perf_counter(), batch.rows
             try:
                 events += batch.step()
             except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
                 events += [Event(row, error=error) for row in batch.rows]
                 for row in batch.rows:
                     row.finished = True
+            share = (perf_counter() - start) / len(rows)
+            for row in rows:
+                row.answer_time, row.most_rows = (
+                    row.answer_time + share,
+                    max(row.most_rows, len(rows)),
+                )
             for row in batch.leave(lambda row: row.finished):
                 if row.keep_answer:
                     self._remember(row, row.offset)

@@ -26,6 +26,7 @@ from ..generation.batch import stream_batch
 from ..generation.engine import PREFILL_STEP_SIZE
 from ..generation.generate import generate_step
 from ..generation.memory import memory_limits
+from ..generation.usage import Usage
 from ..models.cache import Cache, cache_nbytes, copy_cache
 from ..models.lfm2 import Lfm2ForCausalLM
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
@@ -149,6 +150,7 @@ def benchmark(
     patches_per_group: Sequence[int] = (),
     prefill_steps: Sequence[int] = (),
     progress: Callable[[str], None] | None = None,
+    learn: Callable[[Any, list[Usage]], None] | None = None,
 ) -> BenchmarkResult:
     """Measures a model on this machine.
 
@@ -163,6 +165,8 @@ def benchmark(
         patches_per_group: values of the vision tower's setting of this name to try.
         prefill_steps: how many positions of a prompt at once to try.
         progress: called with the name of what is measured next.
+        learn: called with the model, what a question about each image costs, and what one of
+            those that grew together.
 
     Raises:
         PromptError, ImageError: a number makes no sense, or an image cannot be read.
@@ -183,6 +187,12 @@ def benchmark(
         result = _measure(str(model), load_s, benches, rounds, rows, tell)
         largest = max(benches, key=lambda bench: bench.patches)
         knobs = largest.turn_knobs(rounds, patches_per_group, prefill_steps, tell)
+        if learn is not None:
+            usages = [bench.usage(c) for bench, c in zip(benches, result.images, strict=True)]
+            together = (max_tokens - 1) / result.batch_tps  # an answer's share
+            length = len(processor(QUESTIONS[0]).token_ids)
+            batch = Usage(length, 0, 0, 0, max_tokens, answer_time=together, rows=rows)
+            learn(network, [*usages, batch])
         return replace(result, knobs=knobs)
 
 
@@ -308,6 +318,19 @@ class _ImageBench:
     def patches(self) -> int:
         """Of all views."""
         return sum(rows * cols for rows, cols in self.prompt.spatial_shapes)
+
+    def usage(self, costs: ImageCosts) -> Usage:
+        """What a question about the image costs, all stages by their medians."""
+        return Usage(
+            prompt_tokens=costs.prompt_tokens,
+            processed_tokens=costs.prompt_tokens,
+            encoded_images=1,
+            generation_tokens=self.tokens,
+            encoded_patches=self.patches,
+            vision_time=costs.vision_s,
+            prompt_time=costs.vision_s + costs.prefill_s,
+            answer_time=(self.tokens - 1) / costs.decode_tps,
+        )
 
     def turn_knobs(
         self,

@@ -58,6 +58,11 @@ class ImagePlan:
     view_tokens: tuple[int, ...]
     use_image_special_tokens: bool
 
+    @property
+    def patches(self) -> int:
+        """Of all views."""
+        return sum(rows * cols for rows, cols in self.spatial_shapes)
+
 
 @dataclass(frozen=True)
 class ProcessedImage(ImagePlan):

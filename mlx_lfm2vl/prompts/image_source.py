@@ -59,7 +59,7 @@ def image_size(image: RawImage) -> tuple[int, int]:
     Raises:
         ImageError: as `load_image`, as far as a header shows it.
     """
-    with _opened(image) as (name, picture), _told(name, "is damaged"):
+    with _opened(image) as (name, picture), told(name, "is damaged"):
         orientation = _orientation(picture)
         if orientation > 1 and picture.format == "TIFF":
             picture.load()  # turns it, and forgets the orientation
@@ -74,13 +74,13 @@ def read_image_file(path: str | Path) -> bytes:
     Raises:
         ImageError: there is none, it is empty or too large, or no regular file.
     """
-    with _told(one_line(str(path)), "cannot be read"), _open_file(path) as file:
+    with told(one_line(str(path)), "cannot be read"), _open_file(path) as file:
         return file.read()
 
 
 @contextmanager
-def _told(name: str, what: str) -> Iterator[None]:
-    """Turns whatever a reader of files lets through into one line."""
+def told(name: str, what: str) -> Iterator[None]:
+    """Turns whatever a reader of files lets through into one line that begins with a name."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -109,8 +109,8 @@ def _opened(image: RawImage) -> Iterator[tuple[str, Image.Image]]:
     elif hasattr(image, "shape"):
         yield "array", _from_array(image)
     else:
-        name = _name(image)
-        with _told(name, "cannot be read"), _file(image) as file, _identify(file) as picture:
+        name = source_name(image)
+        with told(name, "cannot be read"), open_source(image) as file, _identify(file) as picture:
             if max(picture.size) > MAX_SIDE:
                 raise ValueError(f"a side has {max(picture.size)} pixels; at most {MAX_SIDE}")
             yield name, picture
@@ -138,7 +138,7 @@ def _upright_rgb(picture: Image.Image, name: str) -> Image.Image:
 
     if picture.width < 1 or picture.height < 1:
         raise ImageError(f"{name} has {picture.width}x{picture.height} pixels; it is empty")
-    with _told(name, "is damaged"):
+    with told(name, "is damaged"):
         picture.load()
         orientation = _orientation(picture)
         if orientation > 1:
@@ -171,15 +171,23 @@ def _identify(source: BinaryIO) -> Image.Image:
     return read()
 
 
-def _name(image: Any) -> str:
+def source_name(image: Any) -> str:
+    """What messages call an encoded picture or film."""
     if isinstance(image, (str, Path)):
         text = str(image)
         return "data URL" if text[:5].lower() == "data:" else one_line(text)
     return one_line(str(getattr(image, "name", "image")))
 
 
-def _file(image: Any) -> BinaryIO:
-    """An encoded image as a file; what lies in memory is bounded like a file."""
+def open_source(image: Any, max_bytes: int | None = None) -> BinaryIO:
+    """An encoded picture or film as a file; what lies in memory is bounded like a picture's file.
+
+    Args:
+        max_bytes: of a file on disk, if it may be larger than that of a picture.
+
+    Raises:
+        ImageError, OSError, ValueError: it cannot be had.
+    """
     if isinstance(image, (bytes, bytearray, memoryview)):
         data = image
     elif isinstance(image, str) and image.lower().startswith(("http://", "https://")):
@@ -189,7 +197,7 @@ def _file(image: Any) -> BinaryIO:
     elif isinstance(image, str) and image[:5].lower() == "data:":
         data = decode_data_url(image)
     elif isinstance(image, (str, Path)):
-        return _open_file(image)
+        return _open_file(image, max_bytes)
     elif hasattr(image, "read"):
         if hasattr(image, "seekable") and image.seekable():
             image.seek(0)
@@ -203,22 +211,23 @@ def _file(image: Any) -> BinaryIO:
     return io.BytesIO(data)
 
 
-def _open_file(path: str | Path) -> BinaryIO:
+def _open_file(path: str | Path, max_bytes: int | None = None) -> BinaryIO:
     # not `Path.expanduser`, which fails if ~ begins a name that is no user's
     place = os.path.expanduser(path)
     status = os.stat(place)  # before opening: a pipe would block, a device may never end
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
         raise ValueError(f"it is {kind}; it must be a regular file")
-    _check_length(status.st_size)
+    _check_length(status.st_size, max_bytes)
     return open(place, "rb")
 
 
-def _check_length(length: int) -> None:
+def _check_length(length: int, most: int | None = None) -> None:
+    most = MAX_FILE_BYTES if most is None else most
     if length == 0:
         raise ValueError("it is empty: it has 0 bytes")
-    if length > MAX_FILE_BYTES:
-        raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
+    if length > most:
+        raise ValueError(f"it has more than {most} bytes")
 
 
 def decode_data_url(url: str) -> bytes:

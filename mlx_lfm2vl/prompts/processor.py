@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     import numpy as np
-from .messages import Conversation, _image_list, _without_images
+from .messages import Conversation, See, _image_list, _with_frames, _without_images
 from .tool_calls import CallStyle, call_style, carry_calls
 from .tool_grammar import plain_tool
 
@@ -60,6 +60,34 @@ class PromptImage:
 
 
 @dataclass(frozen=True)
+class PromptPlan:
+    """What is known of a prompt without its pixels.
+
+    Attributes:
+        token_ids: the whole prompt; images stand in it as runs of image tokens.
+        images: in order.
+    """
+
+    token_ids: list[int]
+    images: tuple[ImagePlan, ...]
+
+    @property
+    def image_tokens(self) -> tuple[int, ...]:
+        """Image tokens of each image."""
+        return tuple(sum(image.view_tokens) for image in self.images)
+
+    def check_length(self, most: int) -> None:
+        """Raises a PromptError if images make the prompt longer than a model can read."""
+        length = len(self.token_ids)
+        if self.images and length > most:
+            raise PromptError(
+                f"the prompt has {length} tokens, {sum(self.image_tokens)} of them of "
+                f"{len(self.images)} images or frames; the model reads {most}: take fewer, or "
+                "smaller ones by max_image_tokens"
+            )
+
+
+@dataclass(frozen=True)
 class Prompt:
     """What the model reads.
 
@@ -80,6 +108,11 @@ class Prompt:
     def first_turn_length(self) -> int:
         """`first_turn`, or the whole length if nobody knows better."""
         return len(self.token_ids) if self.first_turn is None else self.first_turn
+
+    @property
+    def plan(self) -> PromptPlan:
+        """The same without pixels."""
+        return PromptPlan(self.token_ids, tuple(placed.image for placed in self.images))
 
     @cached_property
     def pixel_values(self) -> np.ndarray[Any, Any] | None:
@@ -155,6 +188,8 @@ class Lfm2VlProcessor:
                 conversation in the `transformers` form, whose image items are
                 `{"type": "image", "image": X}`, X a path, URL, data URL, bytes, Pillow image or
                 uint8 array. Items without an `image` take the next one of `images`.
+                `{"type": "video", "video": X, "frames": 16}` is a film, X a path, URL, data URL or
+                bytes: evenly chosen frames, each an image after its time, such as "2.5 s:".
             images: one image or several.
             tools: JSON schemas of functions the model may call, or Python functions.
             add_generation_prompt: end with the opening of the assistant's turn.
@@ -169,7 +204,8 @@ class Lfm2VlProcessor:
         """
         from datetime import datetime
 
-        conversation, pictures = self._gather(messages, images)
+        see = partial(self.image_processor, options=image_options)
+        conversation, pictures = self._gather(messages, images, see)
         tools = None if tools is None else [plain_tool(tool) for tool in tools]
         now = now if now is not None else datetime.now()  # one moment for all that is rendered
         token_ids = self.tokenizer.apply_chat_template(
@@ -197,8 +233,34 @@ class Lfm2VlProcessor:
         first_turn = length(roles.index("assistant"), True) if "assistant" in roles else 0
         system_length = length(1, False) if roles[0] == "system" else 0
         processed = [self.image_processor(picture, image_options) for picture in pictures]
-        prompt = self._expand(token_ids, first_turn or len(token_ids), processed)
-        return replace(prompt, system_length=system_length)
+        ids, places = self._expand(token_ids, processed)
+        before = token_ids[:first_turn].count(self.tokenizer.image_token_id)
+        first_turn += sum(stop - start - 1 for start, stop in places[:before])
+        placed = zip(processed, places, strict=True)
+        prompt_images = tuple(PromptImage(image, *place) for image, place in placed)
+        return Prompt(ids, prompt_images, first_turn or len(ids), system_length)
+
+    def plan(
+        self,
+        messages: Conversation,
+        images: ImageInput | Sequence[ImageInput] | None = None,
+        *,
+        tools: Sequence[Any] | None = None,
+        image_options: ImageOptions = NO_OPTIONS,
+    ) -> PromptPlan:
+        """The tokens and views of a prompt, without its pixels.
+
+        Of image files only the headers are read; films are decoded. Arguments and errors as in
+        calling.
+        """
+        conversation, pictures = self._gather(
+            messages, images, lambda picture: self._plan(picture, image_options)
+        )
+        tools = None if tools is None else [plain_tool(tool) for tool in tools]
+        token_ids = self.tokenizer.apply_chat_template(conversation, tools)
+        self._check_places(token_ids, pictures)
+        plans = tuple(self._plan(picture, image_options) for picture in pictures)
+        return PromptPlan(self._expand(token_ids, plans)[0], plans)
 
     def transcribe(
         self,
@@ -212,15 +274,11 @@ class Lfm2VlProcessor:
 
         Of image files only the headers are read. Arguments and errors as in calling.
         """
-        conversation, pictures = self._gather(messages, images)
+        see = partial(self.image_processor, options=image_options)
+        conversation, pictures = self._gather(messages, images, see)
         ids, mask = self.tokenizer.apply_chat_template_with_mask(conversation, tools)
         self._check_places(ids, pictures)
-        plans = [
-            picture
-            if isinstance(picture, ProcessedImage)
-            else self.image_processor.plan(*image_size(picture), image_options)
-            for picture in pictures
-        ]
+        plans = [self._plan(picture, image_options) for picture in pictures]
         token_ids: list[int] = []
         assistant_mask: list[bool] = []
         waiting = iter(plans)
@@ -273,28 +331,38 @@ class Lfm2VlProcessor:
             )
 
     def _expand(
-        self, token_ids: list[int], first_turn: int, processed: list[ProcessedImage]
-    ) -> Prompt:
-        """Puts each image's tokens in the place of its single `<image>`."""
+        self, token_ids: list[int], plans: Sequence[ImagePlan]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Puts each image's tokens in the place of its single `<image>`; ids and their places."""
         ids: list[int] = []
-        images: list[PromptImage] = []
-        waiting = iter(processed)
-        grown = 0  # positions that the images before the first answer add
-        for place, token in enumerate(token_ids):
-            if token != self.tokenizer.image_token_id:
+        places: list[tuple[int, int]] = []
+        waiting = iter(plans)
+        for token in token_ids:
+            start = len(ids)
+            if token == self.tokenizer.image_token_id:
+                ids += self.image_token_ids(next(waiting))
+                places.append((start, len(ids)))
+            else:
                 ids.append(token)
-                continue
-            image, start = next(waiting), len(ids)
-            ids += self.image_token_ids(image)
-            images.append(PromptImage(image, start, len(ids)))
-            if place < first_turn:
-                grown = len(ids) - place - 1
-        return Prompt(ids, tuple(images), first_turn + grown)
+        return ids, places
+
+    def _plan(self, picture: Any, options: ImageOptions) -> ImagePlan:
+        """An image's views and tokens; of a file only the header is read."""
+        if isinstance(picture, ImagePlan):
+            return picture
+        return self.image_processor.plan(*image_size(picture), options)
 
     def _gather(
-        self, messages: Conversation, images: ImageInput | Sequence[ImageInput] | None
-    ) -> tuple[list[Message], list[ImageInput]]:
-        """Takes the images out of the messages; templates see only that they are there."""
+        self,
+        messages: Conversation,
+        images: ImageInput | Sequence[ImageInput] | None,
+        see: See,
+    ) -> tuple[list[Message], list[Any]]:
+        """Takes the images out of the messages; templates see only that they are there.
+
+        Args:
+            see: what takes the place of each frame of a film.
+        """
         given = _image_list(images)
         if isinstance(messages, str):
             if not messages.strip():
@@ -307,8 +375,10 @@ class Lfm2VlProcessor:
         if not messages:
             raise PromptError("the conversation is empty; it needs one message or more")
         later = iter(given)
-        found: list[ImageInput] = []
-        conversation = [_without_images(message, later, found) for message in messages]
+        found: list[Any] = []
+        conversation = [
+            _without_images(_with_frames(message, see), later, found) for message in messages
+        ]
         unused = sum(1 for _ in later)
         if unused:
             raise PromptError(

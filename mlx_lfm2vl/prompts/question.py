@@ -18,7 +18,7 @@ from ..options import (
 from .constraint import Constraint
 from .image_processor import NO_OPTIONS, ImageInput
 from .messages import Conversation
-from .processor import Lfm2VlProcessor, Prompt
+from .processor import Lfm2VlProcessor, Prompt, PromptPlan
 from .tool_grammar import ToolChoice
 
 if TYPE_CHECKING:
@@ -196,6 +196,14 @@ class Question:
         if isinstance(self.prompt, Prompt):
             return self.prompt
         return processor(
+            self.prompt, self.images, tools=self.tools, image_options=self.image_options
+        )
+
+    def plan(self, processor: Lfm2VlProcessor) -> PromptPlan:
+        """The prompt without pixels; of images that are files only the headers are read."""
+        if isinstance(self.prompt, Prompt):
+            return self.prompt.plan
+        return processor.plan(
             self.prompt, self.images, tools=self.tools, image_options=self.image_options
         )
 

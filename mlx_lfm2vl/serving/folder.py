@@ -1,4 +1,4 @@
-"""Folder mode: one prompt for many images, one JSON line per answer, resumable.
+"""Folder mode: one prompt for many images or films, one JSON line per answer, resumable.
 
 A run may be killed at any moment: lines are written whole, and the next start cuts off what is
 not. Images are read and cut into patches by threads, ahead of the model; only the main thread
@@ -14,22 +14,28 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import ImageError, OutputError
+from ..errors import ImageError, OutputError, PromptError
 from ..options import ImageOptions, Sampling
 
 if TYPE_CHECKING:
     from ..generation.batch import BatchResult
+    from ..generation.estimate import Estimate
+    from ..generation.usage import Usage
+    from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
     from ..prompts.constraint import Constraint
+    from ..prompts.messages import Conversation
     from ..prompts.processor import Lfm2VlProcessor, Prompt
     from ..prompts.question import Question, Tools
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic")
+FILMS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 THREADS = 4
+MEASURED = 16  # of so many answers, the vision tower's time is taken for one
 LOOK_AHEAD = 8  # images
 LINE_START = b'{"image": '
 
@@ -53,26 +59,33 @@ class Task:
     image_options: ImageOptions
     constraint: Constraint | None = None
     tools: Tools | None = None
+    frames: int | None = None  # of each film; without, films are no images
 
     @property
     def settings(self) -> str:
         """A short hash of all fields."""
         fields = asdict(self)
-        for name in ("constraint", "tools"):
+        for name in ("constraint", "tools", "frames"):
             if fields[name] is None:
                 del fields[name]  # as files know it that are older than the field
         text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
-    @property
-    def messages(self) -> list[dict[str, Any]]:
-        """The conversation, with a place for the image."""
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        content = [{"type": "image"}, {"type": "text", "text": self.prompt}]
-        return [*system, {"role": "user", "content": content}]
+    def sees_film(self, path: str) -> bool:
+        """Whether a file is to be seen as a film."""
+        return self.frames is not None and path.lower().endswith(FILMS)
 
-    def question(self, prompt: Prompt) -> Question:
-        """One image's prompt with all that the task says of the answer."""
+    def messages(self, path: str, content: Any) -> list[dict[str, Any]]:
+        """The conversation about a file, with what is in it."""
+        item = {"type": "image", "image": content}
+        if self.sees_film(path):
+            item = {"type": "video", "video": content, "frames": self.frames}
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        items = [item, {"type": "text", "text": self.prompt}]
+        return [*system, {"role": "user", "content": items}]
+
+    def question(self, prompt: Conversation | Prompt, **settings: Any) -> Question:
+        """A prompt with all that the task says of the answer."""
         from ..prompts.question import Question
 
         return Question(
@@ -82,6 +95,7 @@ class Task:
             stop=self.stop,
             sampling=self.sampling,
             constraint=self.constraint,
+            **settings,
         )
 
 
@@ -94,12 +108,13 @@ class Counts:
     known: int = 0
 
 
-def find_images(given: Sequence[str]) -> list[str]:
+def find_images(given: Sequence[str], suffixes: tuple[str, ...] = SUFFIXES) -> list[str]:
     """Paths of all images, sorted, each once.
 
     Args:
         given: files, which are taken whatever their name; folders and patterns, of which only
             known suffixes are taken.
+        suffixes: these.
 
     Raises:
         ImageError: one of them does not exist or holds no image.
@@ -111,30 +126,30 @@ def find_images(given: Sequence[str]) -> list[str]:
             found.add(str(Path(path)))
             continue
         if os.path.isdir(path):
-            matches = _walk(path)
+            matches = _walk(path, suffixes)
         elif glob.has_magic(path):
-            matches = _matches(path)
+            matches = _matches(path, suffixes)
         elif os.path.exists(path):
             raise ImageError(f"{item} is neither a file nor a folder")
         else:
             raise ImageError(f"{item} does not exist")
         if not matches:
-            raise ImageError(f"{item} holds no image; looked for {' '.join(SUFFIXES)}")
+            raise ImageError(f"{item} holds no image; looked for {' '.join(suffixes)}")
         found |= matches
     return sorted(found)
 
 
-def _matches(pattern: str) -> set[str]:
+def _matches(pattern: str, suffixes: tuple[str, ...]) -> set[str]:
     found: set[str] = set()
     for path in glob.iglob(pattern, recursive=True):
         if os.path.isdir(path):
-            found |= _walk(path)
-        elif path.lower().endswith(SUFFIXES):
+            found |= _walk(path, suffixes)
+        elif path.lower().endswith(suffixes):
             found.add(str(Path(path)))
     return found
 
 
-def _walk(folder: str) -> set[str]:
+def _walk(folder: str, suffixes: tuple[str, ...]) -> set[str]:
     def refuse(error: OSError) -> NoReturn:
         raise ImageError(f"{error.filename} cannot be searched: {error.strerror}")
 
@@ -143,7 +158,7 @@ def _walk(folder: str) -> set[str]:
         # macOS writes ._photo.jpg beside photo.jpg, which is no image
         folders[:] = [name for name in folders if not name.startswith(".")]
         names = [name for name in files if not name.startswith(".")]
-        paths = [Path(parent, name) for name in names if name.lower().endswith(SUFFIXES)]
+        paths = [Path(parent, name) for name in names if name.lower().endswith(suffixes)]
         found |= {str(path) for path in paths if path.is_file()}
     return found
 
@@ -254,6 +269,7 @@ def answer_all(
     batch_size: int | None,
     progress: Callable[[bool], None],
     check: Callable[[], None],
+    learn: Callable[[Any, list[Usage]], None],
 ) -> Counts:
     """Answers the images that a file of answers does not hold yet.
 
@@ -261,18 +277,15 @@ def answer_all(
         batch_size: how many answers grow at once; None chooses by memory.
         progress: called for each image with whether it was done before.
         check: called between images; may raise to stop.
+        learn: called at the end, however it comes, with the model and what answers cost.
     """
-    from ..checkpoints.loading import load
-    from ..generation.batch import stream_batch, suggested_batch_size
+    from ..generation.batch import stream_batch
 
     done, end = read_keys(lines.path, task.settings)
     lines.cut(end)
-    model, processor = load(
-        task.model, dtype=task.dtype, revision=task.revision, adapter_path=task.adapter_path
-    )
-    task.image_options.apply(processor.image_processor.config)  # wrong ones are told at once
-    batch_size = batch_size if batch_size is not None else suggested_batch_size(model)
+    model, processor, batch_size = _load(task, batch_size)
     counts, asked = Counts(), list[Prepared]()
+    usages: dict[int, Usage] = {}
 
     def write(image: Prepared, answer: dict[str, Any]) -> None:
         about = {"image": image.path, "digest": image.digest}
@@ -292,13 +305,122 @@ def answer_all(
                 counts.known += 1
                 progress(True)
 
-    questions = (task.question(prompt) for prompt in prompts())
-    for result in stream_batch(model, processor, questions, batch_size=batch_size):
-        counts.answered += 1
-        image, asked[result.index] = asked[result.index], Prepared("", None)
-        write(image, _entry(result, task))
-        check()
+    questions = (
+        task.question(prompt, measure_vision=is_measured(number))
+        for number, prompt in enumerate(prompts())
+    )
+    try:
+        for result in stream_batch(model, processor, questions, batch_size=batch_size):
+            counts.answered += 1
+            image, asked[result.index] = asked[result.index], Prepared("", None)
+            write(image, _entry(result, task))
+            if is_measured(result.index):
+                usages[result.index] = result.usage
+            check()
+    finally:
+        learn(model, [usages[index] for index in sorted(usages)])
     return counts
+
+
+def is_measured(number: int) -> bool:
+    """Whether the times of an answer are taken: of the first few, and of some after them."""
+    return number < MEASURED // 2 or number % MEASURED == 0
+
+
+def _load(
+    task: Task, batch_size: int | None
+) -> tuple[Lfm2VlForConditionalGeneration, Lfm2VlProcessor, int]:
+    """Model, processor, and how many answers grow at once."""
+    from ..checkpoints.loading import load
+    from ..generation.batch import BATCH_SIZE, suggested_batch_size
+
+    model, processor = load(
+        task.model, dtype=task.dtype, revision=task.revision, adapter_path=task.adapter_path
+    )
+    task.image_options.apply(processor.image_processor.config)  # wrong ones are told at once
+    BATCH_SIZE.check("batch_size", batch_size, PromptError)
+    return model, processor, batch_size or suggested_batch_size(model)
+
+
+@dataclass
+class FolderEstimate:
+    """What the images that are left will cost; see `Estimate`.
+
+    Attributes:
+        images: how many are left.
+        known: how many were done before.
+        unreadable: how many cannot be read.
+        stages: seconds of each, None if no run has shown them.
+    """
+
+    images: int = 0
+    known: int = 0
+    unreadable: int = 0
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    patches: int = 0
+    stages: dict[str, float | None] = field(
+        default_factory=lambda: {"vision": 0.0, "prefill": 0.0, "decode": 0.0}
+    )
+
+    def add(self, found: Estimate) -> None:
+        """Adds an image."""
+        self.images += 1
+        self.prompt_tokens += found.prompt_tokens
+        self.image_tokens += sum(found.image_tokens)
+        self.patches += found.patches
+        for stage, before in self.stages.items():
+            seconds = getattr(found, f"seconds_{stage}")
+            known = before is not None and seconds is not None
+            self.stages[stage] = before + seconds if known else None
+
+
+def estimate_all(
+    task: Task,
+    images: Sequence[str],
+    output: Path,
+    *,
+    batch_size: int | None,
+    progress: Callable[[bool], None],
+) -> FolderEstimate:
+    """What `answer_all` will cost: of images only the headers are read. Arguments are the same."""
+    from ..generation.estimate import estimate
+    from ..generation.speeds import read_speeds
+
+    done = read_keys(output, task.settings)[0] if output.exists() else set()
+    model, processor, batch_size = _load(task, batch_size)
+    speeds, total = read_speeds(model), FolderEstimate()
+    for path in images:
+        if _is_done(path, done):
+            total.known += 1
+            progress(True)
+            continue
+        question = task.question(
+            task.messages(path, path), tools=task.tools, image_options=task.image_options
+        )
+        together = min(batch_size, len(images)) > 1
+        try:
+            total.add(
+                estimate(
+                    model, processor, question, speeds=speeds, together=together,
+                    first=total.images == 0,
+                )
+            )  # fmt: skip
+        except ImageError:
+            total.unreadable += 1
+        progress(False)
+    return total
+
+
+def _is_done(path: str, done: set[Key]) -> bool:
+    from ..prompts.image_source import read_image_file
+
+    if not done:
+        return False
+    try:
+        return (path, hashlib.sha256(read_image_file(path)).hexdigest()) in done
+    except ImageError:
+        return (path, None) in done
 
 
 def _entry(result: BatchResult, task: Task) -> dict[str, Any]:
@@ -357,11 +479,9 @@ def prepare(path: str, task: Task, processor: Lfm2VlProcessor, done: set[Key]) -
     if (path, digest) in done:
         return Prepared(path, digest)
     try:
-        picture = load_image(data)
+        content = data if task.sees_film(path) else load_image(data)
+        messages = task.messages(path, content)
+        prompt = processor(messages, None, tools=task.tools, image_options=task.image_options)
     except ImageError as error:
         return Prepared(path, digest, error=" ".join(str(error).split()))
-    return Prepared(
-        path,
-        digest,
-        processor(task.messages, [picture], tools=task.tools, image_options=task.image_options),
-    )
+    return Prepared(path, digest, prompt)

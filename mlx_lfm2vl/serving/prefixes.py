@@ -1,7 +1,7 @@
 """Caches after known beginnings of prompts, to continue from, and features of recent images.
 
 A convolution state cannot be trimmed, so a beginning is reused where it was kept, or not at all:
-after the system message, after each image, after an answer.
+after the system message, after images, after an answer.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..prompts.processor import Prompt, PromptImage
 
 MAX_PREFIX_BYTES = 1 << 30
 PREFIX_BYTES = Bound(int, 0, 1 << 50)
+MOST_STOPS = 8  # beginnings of one prompt that end with an image
 
 Key = tuple[str, Any]  # digest of tokens and images, and how keys and values are kept
 
@@ -53,7 +54,14 @@ class PrefixStore:
 
     def places(self, prompt: Prompt) -> list[int]:
         """Lengths of the beginnings of a prompt that are worth keeping."""
-        return sorted({prompt.system_length, *(image.stop for image in prompt.images)} - {0})
+        stops = [image.stop for image in prompt.images][::-1]
+        # of a film's frames a few: each beginning is a copy of all before it
+        chosen = stops[:: -(-len(stops) // MOST_STOPS) or 1]
+        return sorted({prompt.system_length, *chosen} - {0})
+
+    def known(self, prompt: Prompt, options: CacheOptions) -> int:
+        """The length of the longest known beginning of a prompt."""
+        return next((self.entries[key].length for key in self.keys(prompt, options)), 0)
 
     def find(self, prompt: Prompt, options: CacheOptions) -> list[Cache] | None:
         """A cache of one's own that holds the longest known beginning of a prompt."""

@@ -2,49 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 from ..errors import PromptError
 from ..generation.answer import GenerationResponse
 from ..generation.asking import scores, value_of
-from ..generation.engine import AnswerRow, Engine
+from ..generation.engine import Engine
+from ..generation.estimate import Estimate, estimate
 from ..generation.generate import run
+from ..generation.speeds import Speeds
+from ..generation.usage import Usage
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..options import CacheOptions, ImageOptions
 from ..prompts.image_processor import NO_OPTIONS, ImageInput
-from ..prompts.messages import Message
+from ..prompts.image_source import RawImage
+from ..prompts.messages import Message, frame_items
 from ..prompts.processor import Lfm2VlProcessor
 from ..prompts.question import NO_CACHE_OPTIONS, AnswerSettings, Question, Tools
 from .prefixes import MAX_PREFIX_BYTES, PrefixStore
 from .session_file import read_session, write_session
 
-
-@dataclass(frozen=True)
-class Usage:
-    """What the last question or image cost.
-
-    Attributes:
-        prompt_tokens: positions of the whole prompt.
-        reused_tokens: how many of them were there from before.
-        processed_tokens: how many went through the model now.
-        encoded_images: images that went through the vision tower now.
-        generation_tokens: tokens of the answer.
-    """
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    processed_tokens: int = 0
-    encoded_images: int = 0
-    generation_tokens: int = 0
-
-    @classmethod
-    def of(cls, row: AnswerRow) -> Usage:
-        """What a row has cost so far."""
-        length, reused = len(row.token_ids), row.reused
-        return cls(length, reused, length - reused, row.encoded_images, len(row.tokens))
+Item = Mapping[str, Any]  # of a message's content
 
 
 class Talk:
@@ -52,7 +33,7 @@ class Talk:
 
     Attributes:
         messages: the conversation so far, in the `transformers` form.
-        pending: images that wait for the next message.
+        pending: what was seen and waits for the next message, as items of its content.
         tools, image_options, cache_options: of all its questions.
     """
 
@@ -68,7 +49,7 @@ class Talk:
         self.image_options = image_options
         self.cache_options = cache_options
         self.messages: list[Message] = []
-        self.pending: list[ImageInput] = []
+        self.pending: list[Item] = []
         if system is not None:
             self.messages.append({"role": "system", "content": system})
 
@@ -90,8 +71,8 @@ class Talk:
         """Makes a question and its answer part of the conversation."""
         assert isinstance(question.prompt, list)
         self.messages = [*question.prompt, {"role": "assistant", "content": answer}]
-        asked = _images_of(question.prompt[-1])
-        self.pending = [image for image in self.pending if not any(image is a for a in asked)]
+        asked = _seen_in(question.prompt[-1])
+        self.pending = [item for item in self.pending if not any(item is a for a in asked)]
 
     def undo(self) -> None:
         """Takes back the last turn; its images wait for the next message again.
@@ -101,7 +82,7 @@ class Talk:
         """
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise PromptError("there is no turn to undo")
-        self.pending = [*_images_of(self.messages[-2]), *self.pending]
+        self.pending = [*_seen_in(self.messages[-2]), *self.pending]
         self.messages = self.messages[:-2]
 
     def reset(self) -> None:
@@ -162,8 +143,21 @@ class Session(Talk):
             PromptError: it does not fit beside the others; likewise.
         """
         options = image_options if image_options is not None else self.image_options
-        processed = self.processor.image_processor(image, options)
-        pending = [*self.pending, processed]
+        self._read([image_item(self.processor.image_processor(image, options))])
+
+    def see_video(
+        self,
+        video: RawImage,
+        frames: int | None = None,
+        image_options: ImageOptions | None = None,
+    ) -> None:
+        """As `see` for a film: evenly chosen frames, each after its time; see `sample_video`."""
+        options = image_options if image_options is not None else self.image_options
+        self._read(film_items(self.processor, video, frames, options))
+
+    def _read(self, items: list[Item]) -> None:
+        """Reads items with images up to the last of them."""
+        pending = [*self.pending, *items]
         prompt = Question(
             [*self.messages, user_message(pending, "?")],
             tools=self.tools,
@@ -174,7 +168,7 @@ class Session(Talk):
         row = engine.add(prompt, read_only=stop)
         list(run(engine, row))
         self.usage = Usage.of(row)
-        self.pending = [*self.pending, processed]
+        self.pending = pending
 
     def ask(self, question: str, **settings: Unpack[AnswerSettings]) -> str:
         """Answers a question that does not become part of the conversation.
@@ -198,6 +192,18 @@ class Session(Talk):
     def choose(self, question: str, options: Sequence[str]) -> dict[str, float]:
         """How probable each of some answers is; see `generation.asking.choose`."""
         return scores(self._engine(), self.question(question), options)
+
+    def estimate(
+        self, question: str, *, speeds: Speeds | None = None, **settings: Unpack[AnswerSettings]
+    ) -> Estimate:
+        """What `ask` or `send` will cost; see `generation.estimate.estimate`."""
+        return estimate(
+            self.model,
+            self.processor,
+            self.question(question, **settings),
+            speeds=speeds,
+            prefixes=self.prefixes,
+        )
 
     def send(self, message: str, **settings: Unpack[AnswerSettings]) -> str:
         """A turn of the conversation: message and answer become part of it.
@@ -261,13 +267,27 @@ class Session(Talk):
             self.take(question, "".join(pieces))
 
 
-def user_message(images: list[ImageInput], text: str) -> dict[str, Any]:
-    """What a user says about some images, which come first."""
-    items = [{"type": "image", "image": image} for image in images]
+def image_item(image: Any) -> Item:
+    """An image as an item of a message's content."""
+    return {"type": "image", "image": image}
+
+
+def film_items(
+    processor: Lfm2VlProcessor, video: RawImage, frames: int | None, options: ImageOptions
+) -> list[Item]:
+    """A film as items of a message's content, its frames ready for the model."""
+    see = partial(processor.image_processor, options=options)
+    return list(frame_items(video, frames, see))
+
+
+def user_message(items: Sequence[Item], text: str) -> dict[str, Any]:
+    """What a user says about what was seen, which comes first."""
     return {"role": "user", "content": [*items, {"type": "text", "text": text}]}
 
 
-def _images_of(message: Message) -> list[ImageInput]:
+def _seen_in(message: Message) -> list[Item]:
+    """What a message is about: all of it but its last text."""
     content = message["content"]
-    items = content if isinstance(content, list) else []
-    return [item["image"] for item in items if item["type"] == "image"]
+    items = list(content) if isinstance(content, list) else []
+    texts = [place for place, item in enumerate(items) if item["type"] == "text"]
+    return items[: texts[-1]] + items[texts[-1] + 1 :] if texts else items

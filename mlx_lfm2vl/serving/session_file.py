@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from ..checkpoints.writing import complete_file, save_arrays
 from ..errors import SnapshotError, one_line
 from ..models.cache import KINDS, Cache, cache_nbytes
-from ..prompts.image_processor import ImageInput, ImageLayout, ProcessedImage
+from ..prompts.image_processor import ImageLayout, ProcessedImage
 from ..prompts.messages import Message
 from .prefixes import Entry, Key
 
@@ -27,7 +27,7 @@ VERSION = 2
 DAMAGE = (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, RuntimeError,
           OverflowError, MemoryError)  # fmt: skip
 Entries = Mapping[Key, Entry]
-Contents = tuple[list[Message], list[ImageInput], dict[Key, Entry]]
+Contents = tuple[list[Message], list[Any], dict[Key, Entry]]
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -44,7 +44,7 @@ def write_session(
     path: Path,
     model: nn.Module,
     messages: Sequence[Message],
-    pending: Sequence[ImageInput],
+    pending: Sequence[Any],
     entries: Entries,
 ) -> None:
     """Writes a session beside its place and renames it, so that none is ever half there."""
@@ -57,7 +57,8 @@ def write_session(
 
     data: dict[str, Any] = {
         "messages": [map_images(message, number) for message in messages],
-        "pending": [number(image) for image in pending],
+        # an image's number, or the time of a frame
+        "pending": [item["text"] if "text" in item else number(item["image"]) for item in pending],
         "prefixes": [],
     }
     for n, ((digest, kind), entry) in enumerate(entries.items()):
@@ -76,7 +77,7 @@ def write_session(
 
 
 def read_session(path: Path, model: nn.Module) -> Contents:
-    """Messages, pending images and prefixes of a file.
+    """Messages, pending items and prefixes of a file.
 
     Raises:
         SnapshotError: with the reason why it is refused.
@@ -121,7 +122,13 @@ def _contents(data: Any, arrays: Mapping[str, mx.array], model: Any) -> Contents
         return images[number]
 
     messages = [_message(message, image) for message in data["messages"]]
-    return messages, [image(number) for number in data["pending"]], entries
+    pending = [
+        {"type": "text", "text": seen}
+        if isinstance(seen, str)
+        else {"type": "image", "image": image(seen)}
+        for seen in data["pending"]
+    ]
+    return messages, pending, entries
 
 
 def _message(message: Any, image: Callable[[Any], ProcessedImage]) -> Message:

@@ -23,13 +23,13 @@ from ..errors import Lfm2VlError
 from ..generation.answer import GenerationResponse
 from ..generation.engine import AnswerRow, Engine, Event
 from ..generation.memory import memory_limits
+from ..generation.usage import Usage
 from ..models.config import Lfm2VlConfig
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..prompts.processor import Lfm2VlProcessor, Prompt
 from ..prompts.question import Question
 from .pending import AnswerCancelled, PendingAnswer
 from .prefixes import PrefixStore
-from .session import Usage
 
 EXIT_PATIENCE = 10.0  # seconds that the interpreter's exit waits for the token under way
 AHEAD = 4  # questions whose pictures are read before there is a place for them

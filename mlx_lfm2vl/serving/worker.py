@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Unpack, cast
 
 from ..checkpoints.loading import load as load_model
 from ..errors import Lfm2VlError, PromptError
@@ -22,7 +22,8 @@ from ..generation.answer import GenerationResponse
 from ..generation.batch import BATCH_SIZE, DEFAULT_BATCH_SIZE
 from ..generation.generate import as_question
 from ..options import CacheOptions, ImageOptions
-from ..prompts.image_processor import NO_OPTIONS, ImageInput, ProcessedImage
+from ..prompts.image_processor import NO_OPTIONS, ImageInput
+from ..prompts.image_source import RawImage
 from ..prompts.messages import Conversation, Message
 from ..prompts.processor import Lfm2VlProcessor, Prompt
 from ..prompts.question import (
@@ -34,8 +35,7 @@ from ..prompts.question import (
 )
 from .pending import PendingAnswer, own_copy
 from .prefixes import MAX_PREFIX_BYTES, PrefixStore
-from .session import Talk
-from .session_file import map_images
+from .session import Item, Talk, film_items, image_item
 from .thread import EngineThread, Job, Parts, close_at_exit
 
 
@@ -223,10 +223,23 @@ class WorkerSession:
         an ImageError, and so do questions that were asked meanwhile; later ones are not about it.
         """
         options = image_options if image_options is not None else self._talk.image_options
-        seen = _Image(image, options)
+        return self._look(lambda processor: [image_item(processor.image_processor(image, options))])
+
+    def see_video(
+        self,
+        video: RawImage,
+        frames: int | None = None,
+        image_options: ImageOptions | None = None,
+    ) -> PendingAnswer:
+        """As `see` for a film; see `Session.see_video`."""
+        options = image_options if image_options is not None else self._talk.image_options
+        return self._look(lambda processor: film_items(processor, video, frames, options))
+
+    def _look(self, read: Callable[[Lfm2VlProcessor], list[Item]]) -> PendingAnswer:
+        item = image_item(seen := _Seen(read))
 
         def begin(pending: PendingAnswer) -> Job:
-            self._talk.pending = [*self._talk.pending, cast(ImageInput, seen)]
+            self._talk.pending = [*self._talk.pending, item]
             question = self._talk.question("?")
             self._see = Job(pending, partial(_prepared, question), read_only=True, end=end)
             return self._see
@@ -234,7 +247,7 @@ class WorkerSession:
         def end(question: Question | None) -> None:
             with self._lock:
                 if seen.error is not None:
-                    self._talk.pending = [i for i in self._talk.pending if cast(Any, i) is not seen]
+                    self._talk.pending = [i for i in self._talk.pending if i is not item]
 
         return self._start(begin)
 
@@ -297,30 +310,38 @@ class WorkerSession:
         return pending
 
 
-class _Image:
-    """An image of a session: read once, in the thread that first needs it."""
+class _Seen:
+    """What a session sees, an image or a film: read once, in the thread that first needs it."""
 
-    def __init__(self, image: ImageInput, options: ImageOptions) -> None:
-        self.image, self.options = image, options
+    def __init__(self, read: Callable[[Lfm2VlProcessor], list[Item]]) -> None:
+        self.read: Callable[[Lfm2VlProcessor], list[Item]] | None = read  # and forgets the source
+        self.items: list[Item] = []
         self.error: Lfm2VlError | None = None
         self.lock = threading.Lock()
 
-    def read(self, processor: Lfm2VlProcessor) -> ProcessedImage:
-        """The processed image; raises what went wrong, again and again."""
+    def as_items(self, processor: Lfm2VlProcessor) -> list[Item]:
+        """Processed images, and the times of a film's; raises what went wrong, again and again."""
         with self.lock:
             if self.error is not None:
                 raise own_copy(self.error)
-            try:
-                processed = processor.image_processor(self.image, self.options)
-            except Lfm2VlError as error:
-                self.error = error
-                raise
-            self.image = processed
-            return processed
+            if self.read is not None:
+                try:
+                    self.items, self.read = self.read(processor), None
+                except Lfm2VlError as error:
+                    self.error = error
+                    raise
+            return self.items
 
 
 def _prepared(question: Question, processor: Lfm2VlProcessor) -> Question:
     """As `Question.prepared`, for a session's question."""
-    messages = cast("list[Message]", question.prompt)
-    read = [map_images(message, lambda image: image.read(processor)) for message in messages]
-    return replace(question, prompt=read).prepared(processor)
+
+    def read(message: Message) -> Message:
+        content = message["content"]
+        if not isinstance(content, list):
+            return message
+        parts = [i["image"].as_items(processor) if "image" in i else [i] for i in content]
+        return {**message, "content": [item for part in parts for item in part]}
+
+    messages = [read(message) for message in cast("list[Message]", question.prompt)]
+    return replace(question, prompt=messages).prepared(processor)

@@ -19,7 +19,7 @@ from zlib import crc32
 from ..errors import DataError, Lfm2VlError
 from ..options import ImageOptions
 from ..prompts.image_processor import NO_OPTIONS, ImageInput, Lfm2VlImageProcessor
-from ..prompts.messages import image_of, is_image
+from ..prompts.messages import image_of, is_image, is_video, video_of
 from ..prompts.processor import Lfm2VlProcessor
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def read_conversation(line: bytes, folder: Path) -> tuple[list[Any], Any]:
 
 
 def _with_paths(message: Any, folder: Path, waiting: Iterator[str]) -> Any:
-    """The message with its image paths seen from the data file."""
+    """The message with its paths of images and films seen from the data file."""
     if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
         return message
     items = []
@@ -228,6 +228,8 @@ def _with_paths(message: Any, folder: Path, waiting: Iterator[str]) -> Any:
             if image is None:
                 raise DataError("the messages have more image places than images")
             item = {"type": "image", "image": _located(str(image), folder)}
+        elif is_video(item) and (video := video_of(item)) is not None:
+            item = {**item, "type": "video", "video": _located(str(video), folder)}
         items.append(item)
     return {**message, "content": items}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...options import IMAGE_BOUNDS, ImageOptions
+from ...prompts.video import DEFAULT_FRAMES, MOST_FRAMES
 from .errors import HttpError, refused
 from .fields import Fields
 from .images import DETAILS, ImagePart
@@ -24,6 +25,7 @@ SAMPLING: Mapping[str, tuple[type, ...]] = {
 # the kinds of items in both protocols
 TEXTS = ("text", "input_text", "output_text", "refusal")
 IMAGES = ("image_url", "input_image")
+VIDEOS = ("video_url", "input_video")  # as vLLM and mlx-vlm have them
 SEEING = ("user", "tool")  # roles
 # what changes nothing of an answer, and what there is only one way to do here
 HARMLESS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
@@ -42,7 +44,7 @@ class Ask:
 
     Attributes:
         model: the name that it asks for.
-        messages: in the `transformers` form, images as `ImagePart`s.
+        messages: in the `transformers` form, images and films as `ImagePart`s.
         settings: of `Question`, as far as it says.
         max_tokens: of an answer; None for the server's own.
         n: how many answers.
@@ -63,7 +65,7 @@ class Ask:
 
     @property
     def images(self) -> list[ImagePart]:
-        """All images, in order."""
+        """All images and films, in order."""
         items = [i for m in self.messages if isinstance(m["content"], list) for i in m["content"]]
         return [item["image"] for item in items if item["type"] == "image"]
 
@@ -118,13 +120,15 @@ def read_image_options(given: Fields) -> ImageOptions:
         raise HttpError(400, f"image_options.{error}", "image_options", "invalid_value") from None
 
 
-def read_image(url: Any, detail: Any, options: ImageOptions, param: str) -> dict[str, Any]:
-    """A content item with an image."""
+def read_image(
+    url: Any, detail: Any, options: ImageOptions, param: str, frames: int = 0
+) -> dict[str, Any]:
+    """A content item with an image, or with so many frames of a film."""
     if not isinstance(url, str) or not url:
         raise refused(param, "must be a data: or http(s) URL", url)
     if detail is not None and detail not in DETAILS:
         raise refused(f"{param}.detail", f"must be one of {', '.join(DETAILS)}", detail)
-    part = ImagePart(url, options, detail or "auto", param)
+    part = ImagePart(url, options, detail or "auto", param, frames)
     return {"type": "image", "image": part}
 
 
@@ -148,14 +152,17 @@ def _item(given: Fields, role: str, options: ImageOptions) -> dict[str, Any]:
     if kind in TEXTS:
         item = {"type": "text", "text": given.need("refusal" if kind == "refusal" else "text", str)}
         given.only(annotations=([],), logprobs=([],))
-    elif kind in IMAGES and role in SEEING:
+    elif kind in (*IMAGES, *VIDEOS) and role in SEEING:
         given.only(file_id=())
-        url, detail = given.need("image_url", str, dict), given.get("detail", str)
+        name, frames = ("video_url" if kind in VIDEOS else "image_url"), 0
+        if kind in VIDEOS:
+            frames = read_count(given, "frames", 1, MOST_FRAMES, DEFAULT_FRAMES)
+        url, detail = given.need(name, str, dict), given.get("detail", str)
         if isinstance(url, dict):
-            inner = Fields(url, given.name("image_url"))
+            inner = Fields(url, given.name(name))
             url, detail = inner.need("url", str), inner.get("detail", str)
             inner.end()
-        item = read_image(url, detail, options, given.name("image_url"))
+        item = read_image(url, detail, options, given.name(name), frames)
     else:
         raise HttpError(
             400, f"{given.name('type')} {kind!r:.50} is not supported in a message of the {role}",

@@ -1,4 +1,7 @@
-"""Images of requests: `data:` and http(s) URLs, files under a folder; bounded, made ready once."""
+"""Images and films of requests: `data:` and http(s) URLs, files under a folder.
+
+Everything is bounded, and made ready once.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import unquote, urlsplit
 
 from ...errors import ImageError, one_line
 from ...options import ImageOptions
 from ...prompts.image_processor import ImagePlan, ProcessedImage
 from ...prompts.image_source import decode_data_url, image_size, read_image_file
+from ...prompts.messages import frame_items
 from ...prompts.processor import Lfm2VlProcessor
 from ...prompts.url_reader import read_url
 from .errors import HttpError
@@ -31,26 +35,43 @@ LOW = 64  # image tokens of an image whose details do not matter
 
 @dataclass(frozen=True)
 class ImagePart:
-    """An image as a request names it.
+    """An image or a film as a request names it.
 
     Attributes:
         url: where it is, or what it is.
         options: how it is to be seen.
         detail: "low", or anything else for the checkpoint's own settings.
         param: its place in the request.
+        frames: how many of a film are seen; 0 for an image.
     """
 
     url: str
     options: ImageOptions
     detail: str
     param: str
+    frames: int = 0
 
 
 class ReadImage(NamedTuple):
-    """An image, ready for the model, and its size (width, height) as a file."""
+    """What was read, ready for the model.
 
-    image: ProcessedImage
+    Attributes:
+        items: of a message's content: an image, or a film's frames, each after its time.
+        size: (width, height) as a file.
+    """
+
+    items: list[dict[str, Any]]
     size: tuple[int, int]
+
+    @property
+    def image(self) -> ProcessedImage:
+        """The only image."""
+        return cast(ProcessedImage, self.items[0]["image"])
+
+    @property
+    def nbytes(self) -> int:
+        """Of all pixels."""
+        return sum(i["image"].pixel_values.nbytes for i in self.items if i["type"] == "image")
 
 
 class Images:
@@ -79,9 +100,11 @@ class Images:
             data = await loop.run_in_executor(self.fetchers, self._bytes, part)
             options = _as_seen(part, processor)
             digest = await loop.run_in_executor(self.pool, _digest, data)
-            key = digest, options
+            key = digest, options, part.frames
             if key not in self.kept:
-                work = loop.run_in_executor(self.pool, self._process, data, processor, options)
+                work = loop.run_in_executor(
+                    self.pool, self._process, data, part.frames, processor, options
+                )
                 self.kept[key] = asyncio.ensure_future(self._keep(key, work))
             self.kept.move_to_end(key)
             return await asyncio.shield(self.kept[key])
@@ -97,23 +120,35 @@ class Images:
         except BaseException:
             del self.kept[key]
             raise
-        self.nbytes += read.image.pixel_values.nbytes
+        self.nbytes += read.nbytes
         while self.nbytes > MAX_KEPT_BYTES:
             oldest = next((k for k, task in self.kept.items() if task.done()), None)
             if oldest is None:
                 break
-            self.nbytes -= self.kept.pop(oldest).result().image.pixel_values.nbytes
+            self.nbytes -= self.kept.pop(oldest).result().nbytes
         return read
 
-    def _process(self, data: bytes, processor: Lfm2VlProcessor, options: ImageOptions) -> ReadImage:
-        width, height = image_size(data)
-        if width * height > self.options.max_pixels:
-            most = self.options.max_pixels
-            raise HttpError(413, f"the image has {width}x{height} pixels; {most} are allowed")
-        self._check_plan(processor.image_processor.plan(width, height, options), processor)
-        image = processor.image_processor(data, options)
-        assert image.digest  # computed here, not in the worker's thread
-        return ReadImage(image, (width, height))
+    def _process(
+        self, data: bytes, frames: int, processor: Lfm2VlProcessor, options: ImageOptions
+    ) -> ReadImage:
+        sizes: list[tuple[int, int]] = []
+
+        def see(picture: Any) -> ProcessedImage:
+            width, height = picture.size if frames else image_size(picture)
+            sizes.append((width, height))
+            if width * height > self.options.max_pixels:
+                most = self.options.max_pixels
+                raise HttpError(413, f"the image has {width}x{height} pixels; {most} are allowed")
+            self._check_plan(processor.image_processor.plan(width, height, options), processor)
+            image = processor.image_processor(picture, options)
+            assert image.digest  # computed here, not in the worker's thread
+            return image
+
+        if frames:
+            items = list(frame_items(data, frames, see, self.options.max_pixels))
+        else:
+            items = [{"type": "image", "image": see(data)}]
+        return ReadImage(items, sizes[0])
 
     def _check_plan(self, plan: ImagePlan, processor: Lfm2VlProcessor) -> None:
         """Refuses what would take too much memory, before any is taken."""

@@ -131,11 +131,15 @@ class Service:
         processor = self.check_ready()
         self.check_model(ask)
         parts = ask.images
-        if len(parts) > self.options.max_images:
-            raise HttpError(400, f"there are {len(parts)} images; {self.options.max_images} may be",
-                            parts[self.options.max_images].param, "too_many_images")  # fmt: skip
+        most, count = self.options.max_images, 0
+        for part in parts:
+            count += max(1, part.frames)
+            if count > most:
+                total = sum(max(1, part.frames) for part in parts)
+                raise HttpError(400, f"there are {total} images or frames; {most} may be",
+                                part.param, "too_many_images")  # fmt: skip
         read = await asyncio.gather(*(self.images.read(part, processor) for part in parts))
-        waiting = iter([each.image for each in read])
+        waiting = iter([each.items for each in read])
         messages = [_with_images(message, waiting) for message in ask.messages]
         question = await asyncio.to_thread(make_question, ask, messages, processor)
         length, most = len(cast(Prompt, question.prompt).token_ids), self.options.context
@@ -210,14 +214,12 @@ class Service:
         return prompt_tokens * prefill + max_tokens * step
 
 
-def _with_images(message: dict[str, Any], images: Iterator[Any]) -> dict[str, Any]:
+def _with_images(message: dict[str, Any], images: Iterator[list[dict[str, Any]]]) -> dict[str, Any]:
     if not isinstance(message["content"], list):
         return message
-    content = [
-        {**item, "image": next(images)} if item["type"] == "image" else item
-        for item in message["content"]
-    ]
-    return {**message, "content": content}
+    content = message["content"]
+    parts = [next(images) if item["type"] == "image" else [item] for item in content]
+    return {**message, "content": [item for part in parts for item in part]}
 
 
 def make_question(ask: Ask, messages: Any, processor: Lfm2VlProcessor) -> Question:

@@ -1,0 +1,233 @@
+"""A calibration set as the source model reads it, and how much each module matters for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..checkpoints.weights import dequantized
+from ..checkpoints.writing import write_json
+from ..files import read_json
+from ..generation.batch import batch_generate
+from ..models.lfm2_vl import Lfm2VlForConditionalGeneration, Lfm2VlModel
+from ..options import Sampling
+from ..prompts.processor import Lfm2VlProcessor, Prompt
+from ..prompts.question import Question
+from .budget import group_of
+from .samples import Samples
+
+Tell = Callable[[str, int, int], None]  # what is being done, how much of it is, and all
+ANSWER_TOKENS = 48
+TEXT_SHARE = 0.1  # of all that counts; answers are the rest
+ROWS = 4  # of a batch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples side by side, padded at the end, where a causal model cannot see it.
+
+    Attributes:
+        token_ids: (rows, length) int32.
+        positions: (targets,) int32, places in rows·length whose next token is part of an answer.
+        weight: what each of them counts; over all batches they sum to 1.
+        pixel_values: (patches of all views, 3·16²) uint8, or None.
+        spatial_shapes: (rows, columns) in patches, one per view.
+    """
+
+    token_ids: np.ndarray[Any, Any]
+    positions: mx.array
+    weight: float
+    pixel_values: np.ndarray[Any, Any] | None
+    spatial_shapes: tuple[tuple[int, int], ...]
+
+    def hidden(self, model: Lfm2VlForConditionalGeneration) -> mx.array:
+        """(targets, hidden) after the final norm."""
+        out = Lfm2VlModel.__call__(model, self.token_ids, self.pixel_values, self.spatial_shapes)
+        hidden = out.last_hidden_state
+        return hidden.reshape(-1, hidden.shape[-1])[self.positions]
+
+    def logprobs(self, model: Lfm2VlForConditionalGeneration) -> mx.array:
+        """(targets, vocab) in float32."""
+        return log_softmax(model.language_model.logits(self.hidden(model)))
+
+
+def log_softmax(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def read_samples(
+    model: Lfm2VlForConditionalGeneration,
+    processor: Lfm2VlProcessor,
+    samples: Samples,
+    kept: Path,
+    tell: Tell,
+) -> list[Batch]:
+    """Batches of questions with their answers, and of texts.
+
+    Args:
+        kept: a file for the model's own answers, so that the next run need not make them.
+    """
+    prompts = [processor(talk) for talk in samples.conversations]
+    end = processor.generation_config.eos_token_ids[0]
+    rows = []
+    answers = _answers(model, processor, prompts, samples.answers, kept, tell)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        # it may name the image token, which stands for no image there
+        ids = [token for token in answer if token != model.config.image_token_id][:ANSWER_TOKENS]
+        if ids:
+            rows.append((prompt, [*ids, *([end] if len(ids) < ANSWER_TOKENS else [])]))
+    texts = []
+    for text in samples.texts:
+        ids = processor.tokenizer.encode(text, add_special_tokens=True)[: 2 * ANSWER_TOKENS]
+        if len(ids) > 1:
+            texts.append((Prompt(ids[:1]), ids[1:]))
+    shares = (1 - TEXT_SHARE, TEXT_SHARE) if rows and texts else (1.0, 1.0)
+    return [*_batches(rows, shares[0]), *_batches(texts, shares[1])]
+
+
+def _answers(
+    model: Lfm2VlForConditionalGeneration,
+    processor: Lfm2VlProcessor,
+    prompts: Sequence[Prompt],
+    given: Sequence[str | None],
+    kept: Path,
+    tell: Tell,
+) -> list[list[int]]:
+    """Token ids of each answer: the user's, what is kept, or the model's own."""
+    encode = processor.tokenizer.encode
+    found = [None if text is None else encode(text, add_special_tokens=False) for text in given]
+    keys = [_key(prompt) for prompt in prompts]
+    known = read_json(kept) if kept.exists() else {}
+    missing = [i for i, ids in enumerate(found) if ids is None and keys[i] not in known]
+    questions = [
+        Question(prompts[i], max_tokens=ANSWER_TOKENS, sampling=Sampling(temperature=0.0))
+        for i in missing
+    ]
+    count = len(missing)
+    results = batch_generate(
+        model, processor, questions, progress=lambda done: tell("answers", done, count)
+    )
+    ends = processor.generation_config.eos_token_ids
+    for result in results:
+        ids = [token for token in result.tokens if token not in ends]
+        known = {**known, keys[missing[result.index]]: ids}
+    if missing:
+        write_json(kept, known)
+    return [ids if ids is not None else known[key] for ids, key in zip(found, keys, strict=True)]
+
+
+def _key(prompt: Prompt) -> str:
+    """A digest of what a model is asked."""
+    told = json.dumps([prompt.token_ids, [placed.digest for placed in prompt.images]])
+    return hashlib.sha256(told.encode()).hexdigest()[:32]
+
+
+def _batches(rows: Sequence[tuple[Prompt, list[int]]], share: float) -> list[Batch]:
+    """Rows of about one length in each batch."""
+    weight = share / max(sum(len(answer) for _, answer in rows), 1)
+    ordered = sorted(rows, key=lambda row: len(row[0].token_ids) + len(row[1]))
+    return [_batch(ordered[i : i + ROWS], weight) for i in range(0, len(rows), ROWS)]
+
+
+def _batch(rows: Sequence[tuple[Prompt, list[int]]], weight: float) -> Batch:
+    ids = [[*prompt.token_ids, *answer[:-1]] for prompt, answer in rows]
+    length = max(map(len, ids))
+    positions = [
+        i * length + len(prompt.token_ids) - 1 + place
+        for i, (prompt, answer) in enumerate(rows)
+        for place in range(len(answer))
+    ]
+    pixels = [prompt.pixel_values for prompt, _ in rows if prompt.pixel_values is not None]
+    return Batch(
+        np.array([row + [0] * (length - len(row)) for row in ids], np.int32),
+        mx.array(positions),
+        weight,
+        np.concatenate(pixels) if pixels else None,
+        tuple(shape for prompt, _ in rows for shape in prompt.spatial_shapes),
+    )
+
+
+def sensitivities(
+    model: Lfm2VlForConditionalGeneration,
+    batches: Sequence[Batch],
+    ways: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    tell: Tell,
+    draws: int = 2,
+) -> dict[str, dict[int, float]]:
+    """What is lost if one group of modules is rounded: an estimate of the mean divergence.
+
+    To second order, the divergence is half of the variance of the change in the log-probability
+    of tokens that the model itself draws (its Fisher information along the rounding error), so a
+    gradient for some drawn tokens tells it of all groups and bits at once.
+
+    Args:
+        ways: bits -> settings of `mx.quantize`, for each module by path.
+
+    Returns:
+        nats by group and bits.
+    """
+    model.freeze()
+    for path in ways:
+        _module(model, path).unfreeze(keys=["weight"], recurse=False)
+    losses: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+
+    def drawn(batch: Batch, key: mx.array) -> mx.array:
+        logprobs = batch.logprobs(model)
+        tokens = mx.random.categorical(mx.stop_gradient(logprobs), key=key)
+        return mx.take_along_axis(logprobs, tokens[:, None], axis=-1).sum()
+
+    gradient = nn.value_and_grad(model, drawn)
+    for draw in range(draws):
+        for number, batch in enumerate(batches):
+            tell("sensitivity", draw * len(batches) + number, draws * len(batches))
+            _, gradients = gradient(batch, mx.random.key(draw * len(batches) + number))
+            changes: dict[tuple[str, int], mx.array] = {}
+            for path, settings in ways.items():
+                slope = _module(gradients, path)["weight"]
+                for bits, change in _changes(_module(model, path).weight, slope, settings):
+                    place = group_of(path), bits
+                    changes[place] = changes.get(place, mx.array(0.0)) + change
+                    mx.eval(changes[place])
+            for (group, bits), change in changes.items():
+                losses[group][bits] += batch.weight * cast(float, change.item()) ** 2 / 2 / draws
+    model.unfreeze()
+    return {group: dict(by_bits) for group, by_bits in losses.items()}
+
+
+def _changes(
+    weight: mx.array, slope: mx.array, ways: Mapping[int, Mapping[str, Any]]
+) -> Iterable[tuple[int, mx.array]]:
+    """The change of the log-probability, to first order, by rounding to some bits."""
+    for bits, settings in ways.items():
+        error = rounded(weight, settings) - weight
+        yield bits, (slope * error).astype(mx.float32).sum()
+
+
+def rounded(weight: mx.array, settings: Mapping[str, Any]) -> mx.array:
+    """The values that plain rounding leaves."""
+    packed = mx.quantize(weight, **settings)
+    parts = dict(zip(("weight", "scales", "biases"), packed, strict=False))
+    return dequantized(parts, settings, weight.dtype)
+
+
+def _module(tree: Any, path: str) -> Any:
+    """A module, or the gradients of one, by path."""
+    for name in path.split("."):
+        tree = tree[int(name)] if isinstance(tree, list) else tree[name]
+    return tree
+
+
+def divergence(model: Lfm2VlForConditionalGeneration, batch: Batch, right: mx.array) -> mx.array:
+    """What a batch adds to the mean divergence from the right log-probabilities."""
+    own = batch.logprobs(model)
+    return batch.weight * (mx.exp(right) * (right - own)).sum()

@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import ConvertError
-
 MOST_UNITS = 50_000  # steps of the budget; a finer one would change nothing
 
 
@@ -40,13 +38,11 @@ def assign(choices: Sequence[Sequence[Choice]], budget: int) -> list[Choice]:
     A knapsack by dynamic programming; exact if the sizes have a common divisor that leaves the
     budget no more than `MOST_UNITS` steps, and else within so small a step of it.
 
-    Raises:
-        ConvertError: even the smallest choices take more.
+    Args:
+        budget: enough for the smallest choices.
     """
     floors = [min(choice.nbytes for choice in options) for options in choices]
     room = budget - sum(floors)
-    if room < 0:
-        raise ConvertError(f"{budget} bytes are too few; the least possible is {sum(floors)}")
     # bytes above the smallest choice, so that rounding them up costs little
     extra = [[c.nbytes - floor for c in o] for o, floor in zip(choices, floors, strict=True)]
     room = min(room, sum(map(max, extra)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +13,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 
 from ..checkpoints.weights import dequantized
 from ..checkpoints.writing import write_json
@@ -162,13 +163,12 @@ def sensitivities(
     batches: Sequence[Batch],
     ways: Mapping[str, Mapping[int, Mapping[str, Any]]],
     tell: Tell,
-    draws: int = 2,
 ) -> dict[str, dict[int, float]]:
     """What is lost if one group of modules is rounded: an estimate of the mean divergence.
 
-    To second order, the divergence is half of the variance of the change in the log-probability
-    of tokens that the model itself draws (its Fisher information along the rounding error), so a
-    gradient for some drawn tokens tells it of all groups and bits at once.
+    To second order, the divergence is half of the rounding error squared in the metric of the
+    Fisher information. Errors of rounding hardly depend on each other, so its diagonal is enough;
+    one backward pass from a random probe of the right covariance estimates it for all weights.
 
     Args:
         ways: bits -> settings of `mx.quantize`, for each module by path.
@@ -178,39 +178,41 @@ def sensitivities(
     """
     model.freeze()
     for path in ways:
-        _module(model, path).unfreeze(keys=["weight"], recurse=False)
-    losses: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+        module_at(model, path).unfreeze(keys=["weight"], recurse=False)
 
-    def drawn(batch: Batch, key: mx.array) -> mx.array:
-        logprobs = batch.logprobs(model)
-        tokens = mx.random.categorical(mx.stop_gradient(logprobs), key=key)
-        return mx.take_along_axis(logprobs, tokens[:, None], axis=-1).sum()
+    def probed(batch: Batch, key: mx.array) -> mx.array:
+        logits = model.language_model.logits(batch.hidden(model)).astype(mx.float32)
+        p = mx.stop_gradient(mx.softmax(logits, axis=-1))
+        signs = mx.where(mx.random.bernoulli(shape=p.shape, key=key), 1.0, -1.0)
+        root = mx.sqrt(p)
+        # its covariance is diag(p) - p·pᵀ, the curvature of the divergence by the logits
+        probe = root * signs - p * (root * signs).sum(axis=-1, keepdims=True)
+        return (logits * probe).sum()
 
-    gradient = nn.value_and_grad(model, drawn)
-    for draw in range(draws):
-        for number, batch in enumerate(batches):
-            tell("sensitivity", draw * len(batches) + number, draws * len(batches))
-            _, gradients = gradient(batch, mx.random.key(draw * len(batches) + number))
-            changes: dict[tuple[str, int], mx.array] = {}
-            for path, settings in ways.items():
-                slope = _module(gradients, path)["weight"]
-                for bits, change in _changes(_module(model, path).weight, slope, settings):
-                    place = group_of(path), bits
-                    changes[place] = changes.get(place, mx.array(0.0)) + change
-                    mx.eval(changes[place])
-            for (group, bits), change in changes.items():
-                losses[group][bits] += batch.weight * cast(float, change.item()) ** 2 / 2 / draws
+    gradient = nn.value_and_grad(model, probed)
+    curvature: dict[str, mx.array] = {}
+    for number, batch in enumerate(batches):
+        tell("sensitivity", number, len(batches))
+        _, slopes = gradient(batch, mx.random.key(number))
+        for path, settings in ways.items():
+            size = next(iter(settings.values()))["group_size"]
+            squares = _by_group(module_at(slopes, path)["weight"], size).sum(axis=-1)
+            curvature[path] = curvature.get(path, 0) + batch.weight * squares
+            mx.eval(curvature[path])
     model.unfreeze()
+    losses: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for path, settings in ways.items():
+        weight = module_at(model, path).weight
+        for bits, way in settings.items():
+            errors = _by_group(rounded(weight, way) - weight, way["group_size"]).mean(axis=-1)
+            loss = (curvature[path] * errors).sum() / 2
+            losses[group_of(path)][bits] += cast(float, loss.item())
     return {group: dict(by_bits) for group, by_bits in losses.items()}
 
 
-def _changes(
-    weight: mx.array, slope: mx.array, ways: Mapping[int, Mapping[str, Any]]
-) -> Iterable[tuple[int, mx.array]]:
-    """The change of the log-probability, to first order, by rounding to some bits."""
-    for bits, settings in ways.items():
-        error = rounded(weight, settings) - weight
-        yield bits, (slope * error).astype(mx.float32).sum()
+def _by_group(values: mx.array, size: int) -> mx.array:
+    """Squares (rows, groups, size) of (rows, columns)."""
+    return mx.square(values.astype(mx.float32)).reshape(len(values), -1, size)
 
 
 def rounded(weight: mx.array, settings: Mapping[str, Any]) -> mx.array:
@@ -220,7 +222,7 @@ def rounded(weight: mx.array, settings: Mapping[str, Any]) -> mx.array:
     return dequantized(parts, settings, weight.dtype)
 
 
-def _module(tree: Any, path: str) -> Any:
+def module_at(tree: Any, path: str) -> Any:
     """A module, or the gradients of one, by path."""
     for name in path.split("."):
         tree = tree[int(name)] if isinstance(tree, list) else tree[name]
@@ -231,3 +233,35 @@ def divergence(model: Lfm2VlForConditionalGeneration, batch: Batch, right: mx.ar
     """What a batch adds to the mean divergence from the right log-probabilities."""
     own = batch.logprobs(model)
     return batch.weight * (mx.exp(right) * (right - own)).sum()
+
+
+class _Watched(nn.Module):
+    """A linear map that adds up x·xᵀ over its inputs x."""
+
+    def __init__(self, inner: nn.Module, moments: dict[str, mx.array], group: str) -> None:
+        super().__init__()
+        self.inner = inner
+        self._moments, self._group = moments, group
+
+    def __call__(self, x: mx.array) -> mx.array:
+        rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+        self._moments[self._group] = self._moments.get(self._group, 0) + rows.T @ rows
+        return self.inner(x)
+
+
+def input_moments(
+    model: Lfm2VlForConditionalGeneration,
+    batches: Sequence[Batch],
+    paths: Sequence[str],
+    tell: Tell,
+) -> dict[str, np.ndarray[Any, Any]]:
+    """The sum of x·xᵀ over the inputs x of each linear map, (inputs, inputs), by group."""
+    before = {group_of(path): (path, module_at(model, path)) for path in paths}
+    moments: dict[str, mx.array] = {}
+    watched = [(p, _Watched(module, moments, group)) for group, (p, module) in before.items()]
+    model.update_modules(tree_unflatten(watched))
+    for number, batch in enumerate(batches):
+        tell("inputs", number, len(batches))
+        mx.eval(batch.hidden(model), moments)
+    model.update_modules(tree_unflatten(list(before.values())))
+    return {group: np.array(moment) for group, moment in moments.items()}

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
+from ..checkpoints.weights import read_arrays
+from ..checkpoints.writing import complete_file, save_arrays
+from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
+from .calibrate import Batch, Tell, divergence, module_at
 from .rounding import Rounded
 
+Tree = dict[str, Any]  # parameters, nested as the modules are
 PACE = 10  # so that a learning rate of 0.001 moves the ends of a range by 0.01 of a step
 
 
@@ -36,7 +48,7 @@ class RoundedMatrix(nn.Module):
         )
 
     def values(self, rows: mx.array | None = None) -> mx.array:
-        """(rows, columns), all or some of them."""
+        """(rows, columns) of all rows, or of some."""
         now = self.rounded()
         codes, scales, biases = now.codes, now.scales, now.biases
         if rows is not None:
@@ -65,3 +77,87 @@ class RoundedEmbedding(RoundedMatrix):
 
     def as_linear(self, x: mx.array) -> mx.array:
         return x @ self.values().T
+
+
+def put_rounded(model: Lfm2VlForConditionalGeneration, path: str, start: Rounded) -> None:
+    """Replaces a matrix of a model by its integers."""
+    before = module_at(model, path)
+    is_table = isinstance(before, nn.Embedding)
+    kind = RoundedEmbedding(start) if is_table else RoundedLinear(start, before.get("bias"))
+    model.update_modules(tree_unflatten([(path, kind)]))
+
+
+def distill(
+    model: Lfm2VlForConditionalGeneration,
+    batches: Sequence[Batch],
+    right: Callable[[int], mx.array],
+    types: Mapping[str, mx.Dtype],
+    *,
+    epochs: int,
+    rate: float,
+    kept: Path,
+    key: str,
+    tell: Tell,
+) -> None:
+    """Trains the ranges of all integers, and whatever is not in integers.
+
+    The loss is the divergence of the answers from the source's. Everything is rounded to the type
+    in which it will be stored before it is used, so that nothing is lost at the end.
+
+    Args:
+        right: the source's log-probabilities (targets, vocab) of a batch, by its number.
+        types: of the parameters that are stored themselves.
+        kept: a file for the state after each epoch; one of the same key is continued.
+    """
+    trained = model.trainable_parameters()
+    total = epochs * len(batches)
+    warmup = max(total // 20, 1)
+    rates = [optim.linear_schedule(rate / warmup, rate, warmup), optim.cosine_decay(rate, total)]
+    schedule = optim.join_schedules(rates, [warmup])
+    optimizer = optim.Adam(schedule, bias_correction=True)
+    optimizer.init(trained)
+
+    def put(parameters: Tree) -> None:
+        stored = [
+            (name, array.astype(types.get(name, array.dtype)).astype(array.dtype))
+            for name, array in tree_flatten(parameters)
+        ]
+        model.update(tree_unflatten(stored))
+
+    def loss(parameters: Tree, number: int) -> mx.array:
+        put(parameters)
+        return divergence(model, batches[number], right(number)) * len(batches)
+
+    gradient = mx.value_and_grad(loss)
+    trained, begin = _resumed(kept, key, trained, optimizer)
+    for epoch in range(begin, epochs):
+        order = np.random.default_rng(epoch).permutation(len(batches)).tolist()
+        for step, number in enumerate(order):
+            _, slopes = gradient(trained, number)
+            trained = optimizer.apply_gradients(slopes, trained)
+            mx.eval(trained, optimizer.state)
+            tell("distillation", epoch * len(batches) + step + 1, total)
+        _keep(kept, key, epoch + 1, trained, optimizer)
+    put(trained)
+
+
+def _keep(kept: Path, key: str, epoch: int, trained: Tree, optimizer: optim.Optimizer) -> None:
+    state = {"trained": trained, "optimizer": optimizer.state}
+    with complete_file(kept) as new:
+        save_arrays(new, dict(tree_flatten(state)), {"key": key, "epoch": str(epoch)})
+
+
+def _resumed(kept: Path, key: str, trained: Tree, optimizer: optim.Optimizer) -> tuple[Tree, int]:
+    """What is trained, and the epochs that were done; those of another key count for nothing."""
+    from safetensors import safe_open
+
+    if not kept.exists():
+        return trained, 0
+    arrays = read_arrays(kept)
+    with safe_open(str(kept), framework="mlx") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("key") != key:
+        return trained, 0
+    state = tree_unflatten(list(arrays.items()))
+    optimizer.state = state["optimizer"]
+    return state["trained"], int(metadata["epoch"])

@@ -230,8 +230,12 @@ def make_plan(
     dequantize: bool = False,
     to_hf: bool = False,
     origin: str | None = None,
+    decisions: Mapping[str, dict[str, Any]] | None = None,
 ) -> Plan:
     """Decides about every tensor; reads nothing but headers and configuration.
+
+    Args:
+        decisions: how each module is quantized, if that was decided already.
 
     Raises:
         ConvertError, ConfigError, WeightsError, ModelNotFoundError: before any work is done.
@@ -243,10 +247,12 @@ def make_plan(
         if (settings := quantization_of(module)) is not None
     }
     _check_wishes(source, bool(before), quantization, dtype, dequantize, to_hf)
-    after = {} if dequantize else before
+    after: Mapping[str, dict[str, Any]] = {} if dequantize else before
     left: dict[str, str] = {}
     if quantization is not None:
-        after, left = decide(matrices(model), quantization)
+        after, left = (
+            (decisions, left) if decisions is not None else decide(matrices(model), quantization)
+        )
     config = read_json(source / "config.json")
     if dequantize or quantization is not None:
         config.pop("quantization", None)

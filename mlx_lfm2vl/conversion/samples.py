@@ -73,15 +73,12 @@ def samples(folder: str | Path | None) -> Samples:
 
 
 def calibration_samples(folder: str | Path | None) -> Samples:
-    """What a conversion is calibrated on: a user's samples, or pictures made in code; and texts."""
-    if folder is None:
-        pictures = [drawn_image(number) for number in range(CALIBRATION_IMAGES)]
-        talks = [question(image, text) for text in CALIBRATION_QUESTIONS for image in pictures]
-        found = Samples(talks, [], [None] * len(talks))
-    else:
-        found = user_samples(folder)
-    found.texts += CALIBRATION_TEXTS
-    return found
+    """What a conversion is calibrated on: a user's samples, or pictures and texts made in code."""
+    if folder is not None:
+        return user_samples(folder)
+    pictures = [drawn_image(number) for number in range(CALIBRATION_IMAGES)]
+    talks = [question(image, text) for text in CALIBRATION_QUESTIONS for image in pictures]
+    return Samples(talks, list(CALIBRATION_TEXTS), [None] * len(talks))
 
 
 def user_samples(folder: str | Path) -> Samples:

@@ -67,6 +67,7 @@ def test_equal_models(compared):
     assert result.image_cosine == pytest.approx(1, abs=1e-6)
     assert set(result.first_difference) == {None}
     assert result.bits_per_weight["language model"] == 32
+    assert result.tokens_per_second > 0
 
 
 def test_numbers_are_those_of_a_direct_computation(compared):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
+from time import perf_counter
 from typing import cast
 
 import mlx.core as mx
@@ -28,6 +29,7 @@ from .plan import make_plan, parameters_of
 from .samples import Samples, samples
 
 GREEDY_TOKENS = 48
+TIMED_TOKENS = 32
 COMPONENTS = {
     "vision tower": "vision_tower.",
     "projector": "multi_modal_projector.",
@@ -52,6 +54,7 @@ class Fidelity:
         image_cosine: mean cosine of the image features of one image token.
         first_difference: for each question, images first, the first token where both's own greedy
             answers part; None if they are the same up to their end.
+        tokens_per_second: of one answer on this machine, in the type that `load` chooses.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Fidelity:
     text_p99_kl: float
     image_cosine: float
     first_difference: list[int | None] = field(default_factory=list)
+    tokens_per_second: float = 0.0
 
 
 @dataclass
@@ -174,7 +178,17 @@ def _compare(name: str | Path, right: _Outputs, other: _Outputs) -> Fidelity:
         *_scores(right.logprobs[images:], other.logprobs[images:]),
         _number(mx.concatenate(cosines).mean()),
         [first_difference(a, b) for a, b in zip(right.answers, other.answers, strict=True)],
+        decode_speed(path),
     )
+
+
+def decode_speed(folder: Path) -> float:
+    """Tokens per second of one answer, after the first ones, in which memory settles."""
+    model, _ = load(folder)
+    times = [perf_counter() for _ in generate_step([1, 2, 3], model, max_tokens=2 * TIMED_TOKENS)][
+        -TIMED_TOKENS:
+    ]
+    return (len(times) - 1) / (times[-1] - times[0])
 
 
 def _scores(right: list[mx.array], other: list[mx.array]) -> tuple[float, float, float]:
@@ -231,8 +245,8 @@ def as_table(results: list[Fidelity]) -> str:
     lines = [
         "| checkpoint | size | bits/weight (vision, projector, language) | after images: same top "
         "token | mean KL | 99 % KL | image cosine | answers part at | texts: same top token | "
-        "mean KL | 99 % KL |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "mean KL | 99 % KL | tok/s here |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         bits = result.bits_per_weight
@@ -245,7 +259,7 @@ def as_table(results: list[Fidelity]) -> str:
             f"{bits['all']:.2f} ({parts}) | {100 * result.top1_agreement:.2f} % | "
             f"{result.mean_kl:.5f} | {result.p99_kl:.5f} | {result.image_cosine:.6f} | {apart} | "
             f"{100 * result.text_top1_agreement:.2f} % | {result.text_mean_kl:.5f} | "
-            f"{result.text_p99_kl:.5f} |"
+            f"{result.text_p99_kl:.5f} | {result.tokens_per_second:.0f} |"
         )
     return "\n".join(lines)
 

@@ -20,7 +20,7 @@ from mlx_lfm2vl.conversion.calibrated import (
     possible_ways,
 )
 from mlx_lfm2vl.conversion.plan import make_plan
-from mlx_lfm2vl.conversion.rounding import gptq, pack, plainly, unpack
+from mlx_lfm2vl.conversion.rounding import CLIPS, gptq, pack, plainly, unpack
 
 from .helpers import WIDE, save_picture, tensors
 
@@ -84,11 +84,25 @@ def test_gptq_lowers_the_error_of_the_outputs():
 
     def error(start):
         parts = start.parts()
-        values = mx.dequantize(parts["weight"], parts["scales"], parts["biases"], 32, 3)
+        values = mx.dequantize(parts["weight"], parts["scales"], parts["biases"], 32, start.bits)
         return np.square(inputs @ np.array(values - weight).T).mean()
 
-    better, plain = gptq(weight, inputs.T @ inputs, 3, 32), plainly(weight, 3, 32)
+    moment = inputs.T @ inputs
+    better, plain = gptq(weight, moment, 3, 32), plainly(weight, 3, 32)
     assert error(better) < 0.5 * error(plain)
+
+
+def test_clipping_lowers_the_error_of_the_values():
+    weight = mx.random.normal((32, 128), key=mx.random.key(0))
+    importance = np.linspace(0.5, 2, 128)
+
+    def error(start):
+        parts = start.parts()
+        values = mx.dequantize(parts["weight"], parts["scales"], parts["biases"], 32, 2)
+        return (np.square(np.array(values - weight)) * importance).sum()
+
+    clipped = gptq(weight, np.diag(importance), 2, 32, CLIPS)
+    assert error(clipped) < 0.9 * error(plainly(weight, 2, 32))
 
 
 # bits

@@ -74,7 +74,7 @@ def _add_calibration(group: argparse._ArgumentGroup) -> None:
         "--refine",
         nargs="+",
         metavar="METHOD",
-        help="how values are improved: gptq, distill, or none (default: distill)",
+        help="how values are improved: gptq, clip, distill, or none (default: all three)",
     )
     group.add_argument("--epochs", type=int, help="passes of the distillation (default: 8)")
     group.add_argument("--save-plan", metavar="JSON", help="write the bits of each module; "

@@ -32,11 +32,11 @@ from .calibrate import (
 from .distill import RoundedMatrix, distill, put_rounded
 from .plan import Plan, make_plan, write_plan
 from .recipes import Quantization, decide, matrices
-from .rounding import gptq, plainly
+from .rounding import CLIPS, gptq
 from .samples import calibration_samples
 
-METHODS = ("gptq", "distill")
-DEFAULT_METHODS = ("distill",)
+METHODS = ("gptq", "clip", "distill")
+DEFAULT_METHODS = ("gptq", "clip", "distill")
 TARGET_BITS = 4.5
 BITS = (2, 3, 4, 5, 6, 8)  # besides floating point
 LARGE = 100_000_000  # parameters; activations of such a model are computed again, not kept
@@ -51,8 +51,8 @@ class Calibration:
             pictures and texts made in code.
         target_bits: bits per weight over the whole model; each module then gets the bits that
             lose least. None keeps the bits that a `Quantization` asks for.
-        methods: "gptq" rounds with a look at the inputs, "distill" trains ranges and all that
-            stays in floating point against the source.
+        methods: "gptq" rounds with a look at the inputs, "clip" narrows ranges where that errs
+            less, "distill" trains ranges and all that stays in floating point against the source.
         epochs, learning_rate: of the distillation.
         folder: keeps answers, sensitivities and the state of the training, so that a run can be
             continued, and the next one is quick.
@@ -165,14 +165,14 @@ class Calibrator:
         types = {name: plan.dtype or array.dtype for name, array in stored.items()}
         moments = {}
         if "gptq" in settings.methods:
+            # a table of embeddings is looked into, too, so the head's inputs do not tell enough
             linears = [path for path in plan.after if not path.endswith("embed_tokens")]
             moments = input_moments(model, self.batches, linears, self.tell)
+        clips = CLIPS if "clip" in settings.methods else CLIPS[:1]
         for path, way in plan.after.items():
             weight = stored[f"{path}.weight"].astype(types[f"{path}.weight"])
-            shape = way["bits"], way["group_size"]
-            moment = moments.get(group_of(path))
-            start = plainly(weight, *shape) if moment is None else gptq(weight, moment, *shape)
-            put_rounded(model, path, start)
+            moment = moments.get(group_of(path), np.eye(weight.shape[1]))
+            put_rounded(model, path, gptq(weight, moment, way["bits"], way["group_size"], clips))
         if "distill" in settings.methods:
             model.train()
             if plan.parameters > LARGE:

@@ -21,6 +21,7 @@ from mlx_lfm2vl.conversion.calibrated import (
 )
 from mlx_lfm2vl.conversion.plan import make_plan
 from mlx_lfm2vl.conversion.rounding import CLIPS, gptq, pack, plainly, unpack
+from mlx_lfm2vl.conversion.scaling import apply_fold, folds
 
 from .helpers import WIDE, save_picture, tensors
 
@@ -174,6 +175,22 @@ def test_sensitivities_are_those_of_rounding_one_group_alone(calibrator):
     assert sum(shares) == pytest.approx(1)
 
 
+def test_scales_of_channels_change_nothing_in_floats(calibrator):
+    model, batch = load(WIDE, dtype="float32")[0], calibrator.batches[0]
+    before = batch.logprobs(model)
+    found = [*folds(model)]
+    assert len(found) == 3 * len(model.language_model.layers) + 2 * len(
+        model.vision_tower.encoder.layers
+    )
+    for number, fold in enumerate(found):
+        width = module_at(model, fold.linears[0]).weight.shape[1]
+        noise = mx.random.uniform(0.5, 2, (width,), key=mx.random.key(number))
+        apply_fold(model, fold, noise)
+    assert mx.abs(batch.logprobs(model) - before).max() < 1e-5
+    module_at(model, found[0].source).weight *= 1.01
+    assert mx.abs(batch.logprobs(model) - before).max() > 1e-5
+
+
 # whole conversions
 
 
@@ -198,7 +215,7 @@ def fresh(photos, tmp_path_factory):
 
 
 def test_a_target_is_met_and_distillation_helps(photos, tmp_path, fresh):
-    settings = calibration(photos, tmp_path, target_bits=12.5, epochs=20, learning_rate=5e-3)
+    settings = calibration(photos, tmp_path, target_bits=12.5, epochs=12, learning_rate=5e-3)
     convert_calibrated(WIDE, tmp_path / "calibrated", settings, SETTINGS)
     plan = make_plan(tmp_path / "calibrated", None)
     assert 12.4 < 8 * plan.nbytes / plan.parameters <= 12.5
@@ -223,9 +240,10 @@ class Killed(Exception):
 def test_killed_and_continued_gives_the_same_bits(photos, tmp_path, monkeypatch):
     settings = Quantization(bits=4, group_size=32)
     (tmp_path / "one").mkdir()
-    whole = calibration(photos, tmp_path / "one", methods=("gptq", "distill"))
+    methods = ("awq", "gptq", "clip", "distill")
+    whole = calibration(photos, tmp_path / "one", methods=methods)
     convert_calibrated(WIDE, tmp_path / "whole", whole, settings)
-    again = calibration(photos, tmp_path, methods=("gptq", "distill"))
+    again = calibration(photos, tmp_path, methods=methods)
     done = []
 
     def kill(stage, step, total):
@@ -278,7 +296,10 @@ def test_command(photos, tmp_path, capsys):
         (["--target-bits", "4"], "--target-bits: these settings need --calibrate"),
         (["--calibrate", "x", "--target-bits", "4", "--q-bits", "4"], "leave --q-bits out"),
         (["--calibrate", "x", "--target-bits", "0.5"], "target-bits is 0.5; it must be above 1"),
-        (["--calibrate", "x", "--refine", "magic"], "magic is no method; it must be in gptq, "),
+        (
+            ["--calibrate", "x", "--refine", "magic"],
+            "magic is no method; it must be in awq, gptq, ",
+        ),
         (["--calibrate", "x", "--refine", "none", "gptq"], "none is no method"),
         (["--calibrate", "x", "--epochs", "0"], "epochs is 0; it must be 1 or more"),
         (["--calibrate", "x", "-d"], "--calibrate quantizes, which -d and --to-hf exclude"),

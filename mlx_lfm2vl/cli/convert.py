@@ -74,7 +74,7 @@ def _add_calibration(group: argparse._ArgumentGroup) -> None:
         "--refine",
         nargs="+",
         metavar="METHOD",
-        help="how values are improved: gptq, clip, distill, or none (default: all three)",
+        help="how values are improved: awq, gptq, clip, distill, or none (default: the last three)",
     )
     group.add_argument("--epochs", type=int, help="passes of the distillation (default: 8)")
     group.add_argument("--save-plan", metavar="JSON", help="write the bits of each module; "

@@ -34,9 +34,10 @@ from .plan import Plan, make_plan, write_plan
 from .recipes import Quantization, decide, matrices
 from .rounding import CLIPS, gptq
 from .samples import calibration_samples
+from .scaling import scale_channels
 
-METHODS = ("gptq", "clip", "distill")
-DEFAULT_METHODS = ("gptq", "clip", "distill")
+METHODS = ("awq", "gptq", "clip", "distill")
+DEFAULT_METHODS = ("awq", "gptq", "clip", "distill")
 TARGET_BITS = 4.5
 BITS = (2, 3, 4, 5, 6, 8)  # besides floating point
 LARGE = 100_000_000  # parameters; activations of such a model are computed again, not kept
@@ -51,8 +52,9 @@ class Calibration:
             pictures and texts made in code.
         target_bits: bits per weight over the whole model; each module then gets the bits that
             lose least. None keeps the bits that a `Quantization` asks for.
-        methods: "gptq" rounds with a look at the inputs, "clip" narrows ranges where that errs
-            less, "distill" trains ranges and all that stays in floating point against the source.
+        methods: "awq" moves scales of channels into the weights before them, "gptq" rounds with a
+            look at the inputs, "clip" narrows ranges where that errs less, "distill" trains ranges
+            and all that stays in floating point against the source.
         epochs, learning_rate: of the distillation.
         folder: keeps answers, sensitivities and the state of the training, so that a run can be
             continued, and the next one is quick.
@@ -62,7 +64,7 @@ class Calibration:
     target_bits: float | None = None
     methods: Sequence[str] = DEFAULT_METHODS
     epochs: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-4
     folder: Path = Path("mlx_model.calibration")
 
     def __post_init__(self) -> None:
@@ -161,18 +163,8 @@ class Calibrator:
     def refine(self, plan: Plan) -> Plan:
         """The plan with the values that the methods find; the model is used up by it."""
         settings, model = self.calibration, self.model
-        stored = plan.read()
-        types = {name: plan.dtype or array.dtype for name, array in stored.items()}
-        moments = {}
-        if "gptq" in settings.methods:
-            # a table of embeddings is looked into, too, so the head's inputs do not tell enough
-            linears = [path for path in plan.after if not path.endswith("embed_tokens")]
-            moments = input_moments(model, self.batches, linears, self.tell)
-        clips = CLIPS if "clip" in settings.methods else CLIPS[:1]
-        for path, way in plan.after.items():
-            weight = stored[f"{path}.weight"].astype(types[f"{path}.weight"])
-            moment = moments.get(group_of(path), np.eye(weight.shape[1]))
-            put_rounded(model, path, gptq(weight, moment, way["bits"], way["group_size"], clips))
+        types = {name: plan.dtype or array.dtype for name, array in plan.read().items()}
+        self._round(plan, types)
         if "distill" in settings.methods:
             model.train()
             if plan.parameters > LARGE:
@@ -186,6 +178,23 @@ class Calibrator:
                 tell=self.tell,
             )  # fmt: skip
         return replace(plan, before=plan.after, weights=_weights(model, plan, types))
+
+    def _round(self, plan: Plan, types: Mapping[str, mx.Dtype]) -> None:
+        """Puts integers in the place of all matrices of the plan."""
+        model, methods, moments = self.model, self.calibration.methods, {}
+        # a table of embeddings is looked into, too, so the head's inputs do not tell enough
+        linears = [path for path in plan.after if not path.endswith("embed_tokens")]
+        if "gptq" in methods or "awq" in methods:
+            moments = input_moments(model, self.batches, linears, self.tell)
+        if "awq" in methods:
+            scale_channels(model, plan.after, moments)
+        clips = CLIPS if "clip" in methods else CLIPS[:1]
+        for path, way in plan.after.items():
+            weight = module_at(model, path).weight.astype(types[f"{path}.weight"])
+            moment = np.eye(weight.shape[1])
+            if "gptq" in methods:
+                moment = moments.get(group_of(path), moment)
+            put_rounded(model, path, gptq(weight, moment, way["bits"], way["group_size"], clips))
 
 
 def _weights(

@@ -28,7 +28,7 @@ from mlx_lfm2vl import Quantization, convert, load
 from mlx_lfm2vl.checkpoints.hub import resolve_model
 from mlx_lfm2vl.checkpoints.weights import weight_files
 from mlx_lfm2vl.conversion.calibrate import Batch, read_samples
-from mlx_lfm2vl.conversion.calibrated import Calibration, convert_calibrated
+from mlx_lfm2vl.conversion.calibrated import Calibration, convert_calibrated, source_identity
 from mlx_lfm2vl.conversion.report import bits_per_weight, kl_divergence
 from mlx_lfm2vl.conversion.samples import TEXTS, Samples
 
@@ -77,7 +77,8 @@ class Judge:
         talks = questions("test", count)
         parts = (Samples(talks, [], [None] * count), Samples([], list(TEXTS)))
         self.batches: list[list[Batch]] = [
-            read_samples(model, processor, part, kept, lambda *told: None) for part in parts
+            read_samples(model, processor, part, kept, source_identity(source), lambda *told: None)
+            for part in parts
         ]
         self.right = [[self._logprobs(model, b) for b in batches] for batches in self.batches]
 
@@ -132,7 +133,7 @@ def make_calibrated(
             target,
             epochs=epochs,
             learning_rate=rate,
-            folder=output / "calibration" / f"{target:.2f}",
+            folder=output / "calibration",
         )
         convert_calibrated(source, folder, settings)
     return folder

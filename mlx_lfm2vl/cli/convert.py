@@ -74,7 +74,7 @@ def _add_calibration(group: argparse._ArgumentGroup) -> None:
         "--refine",
         nargs="+",
         metavar="METHOD",
-        help="how values are improved: awq, gptq, clip, distill, or none (default: the last three)",
+        help="how values are improved: awq, gptq, clip, distill, or none (default: gptq distill)",
     )
     group.add_argument("--epochs", type=int, help="passes of the distillation (default: 8)")
     group.add_argument("--save-plan", metavar="JSON", help="write the bits of each module; "
@@ -173,7 +173,6 @@ def _plan(
     quantization: Quantization | None,
     calibration: Calibration | None,
 ) -> Plan:
-    from ..conversion.calibrated import calibrated_plan
     from ..conversion.plan import make_plan
 
     if calibration is None:
@@ -185,6 +184,8 @@ def _plan(
             to_hf=args.to_hf,
             origin=args.hf_path,
         )
+    from ..conversion.calibrated import calibrated_plan
+
     if args.dequantize or args.to_hf:
         raise ConvertError("--calibrate quantizes, which -d and --to-hf exclude")
     if calibration.samples is None:
@@ -203,8 +204,6 @@ def _plan(
 
 def _calibration(args: argparse.Namespace) -> Calibration | None:
     """The settings of the flags; a ConvertError for some that would have no effect."""
-    from ..conversion.calibrated import TARGET_BITS, Calibration
-
     flags = {
         "--target-bits": args.target_bits,
         "--refine": args.refine,
@@ -216,14 +215,21 @@ def _calibration(args: argparse.Namespace) -> Calibration | None:
         if given:
             raise ConvertError(f"{', '.join(given)}: these settings need --calibrate")
         return None
-    chosen = {"--q-bits": args.q_bits, "--quant-predicate": args.quant_predicate}
-    bits = {"--q-vision": args.q_vision, "--q-embeddings": args.q_embeddings,
-            "--no-q-projector": args.no_q_projector or None, **chosen}  # fmt: skip
-    set_ = [flag for flag, value in bits.items() if value is not None]
-    if args.target_bits is not None and set_:
-        raise ConvertError(f"--target-bits decides about all modules; leave {', '.join(set_)} out")
+    from ..conversion.calibrated import TARGET_BITS, Calibration
+
+    bits = {
+        "--q-bits": args.q_bits,
+        "--quant-predicate": args.quant_predicate,
+        "--q-vision": args.q_vision,
+        "--q-embeddings": args.q_embeddings,
+        "--no-q-projector": args.no_q_projector or None,
+    }
+    deciding = [flag for flag, value in bits.items() if value is not None]
     target = args.target_bits
-    if target is None and not set_:
+    if target is not None and deciding:
+        flags_told = ", ".join(deciding)
+        raise ConvertError(f"--target-bits decides about all modules; leave {flags_told} out")
+    if target is None and not deciding:
         target = TARGET_BITS
     folder = args.calibration_folder
     settings: dict[str, Any] = {}

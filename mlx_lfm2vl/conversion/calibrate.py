@@ -17,6 +17,7 @@ from mlx.utils import tree_unflatten
 
 from ..checkpoints.weights import dequantized
 from ..checkpoints.writing import write_json
+from ..errors import ConvertError
 from ..files import read_json
 from ..generation.batch import batch_generate
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration, Lfm2VlModel
@@ -71,17 +72,22 @@ def read_samples(
     processor: Lfm2VlProcessor,
     samples: Samples,
     kept: Path,
+    source: str,
     tell: Tell,
 ) -> list[Batch]:
     """Batches of questions with their answers, and of texts.
 
     Args:
         kept: a file for the model's own answers, so that the next run need not make them.
+        source: tells models apart that answer into one file.
+
+    Raises:
+        ConvertError: there is nothing to learn from.
     """
     prompts = [processor(talk) for talk in samples.conversations]
     end = processor.generation_config.eos_token_ids[0]
     rows = []
-    answers = _answers(model, processor, prompts, samples.answers, kept, tell)
+    answers = _answers(model, processor, prompts, samples.answers, kept, source, tell)
     for prompt, answer in zip(prompts, answers, strict=True):
         # it may name the image token, which stands for no image there
         ids = [token for token in answer if token != model.config.image_token_id][:ANSWER_TOKENS]
@@ -92,6 +98,8 @@ def read_samples(
         ids = processor.tokenizer.encode(text, add_special_tokens=True)[: 2 * ANSWER_TOKENS]
         if len(ids) > 1:
             texts.append((Prompt(ids[:1]), ids[1:]))
+    if not rows and not texts:
+        raise ConvertError("the source answers none of the samples, and no text has two tokens")
     shares = (1 - TEXT_SHARE, TEXT_SHARE) if rows and texts else (1.0, 1.0)
     return [*_batches(rows, shares[0]), *_batches(texts, shares[1])]
 
@@ -102,12 +110,13 @@ def _answers(
     prompts: Sequence[Prompt],
     given: Sequence[str | None],
     kept: Path,
+    source: str,
     tell: Tell,
 ) -> list[list[int]]:
     """Token ids of each answer: the user's, what is kept, or the model's own."""
     encode = processor.tokenizer.encode
     found = [None if text is None else encode(text, add_special_tokens=False) for text in given]
-    keys = [_key(prompt) for prompt in prompts]
+    keys = [_key(source, prompt) for prompt in prompts]
     known = read_json(kept) if kept.exists() else {}
     missing = [i for i, ids in enumerate(found) if ids is None and keys[i] not in known]
     questions = [
@@ -127,9 +136,9 @@ def _answers(
     return [ids if ids is not None else known[key] for ids, key in zip(found, keys, strict=True)]
 
 
-def _key(prompt: Prompt) -> str:
+def _key(source: str, prompt: Prompt) -> str:
     """A digest of what a model is asked."""
-    told = json.dumps([prompt.token_ids, [placed.digest for placed in prompt.images]])
+    told = json.dumps([source, prompt.token_ids, [placed.digest for placed in prompt.images]])
     return hashlib.sha256(told.encode()).hexdigest()[:32]
 
 
@@ -192,13 +201,13 @@ def sensitivities(
     gradient = nn.value_and_grad(model, probed)
     curvature: dict[str, mx.array] = {}
     for number, batch in enumerate(batches):
-        tell("sensitivity", number, len(batches))
         _, slopes = gradient(batch, mx.random.key(number))
         for path, settings in ways.items():
             size = next(iter(settings.values()))["group_size"]
             squares = _by_group(module_at(slopes, path)["weight"], size).sum(axis=-1)
             curvature[path] = curvature.get(path, 0) + batch.weight * squares
             mx.eval(curvature[path])
+        tell("sensitivity", number + 1, len(batches))
     model.unfreeze()
     losses: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for path, settings in ways.items():
@@ -261,7 +270,7 @@ def input_moments(
     watched = [(p, _Watched(module, moments, group)) for group, (p, module) in before.items()]
     model.update_modules(tree_unflatten(watched))
     for number, batch in enumerate(batches):
-        tell("inputs", number, len(batches))
         mx.eval(batch.hidden(model), moments)
+        tell("inputs", number + 1, len(batches))
     model.update_modules(tree_unflatten(list(before.values())))
     return {group: np.array(moment) for group, moment in moments.items()}

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from ..checkpoints.hub import resolve_model
 from ..checkpoints.loading import load
-from ..checkpoints.weights import open_checkpoint
+from ..checkpoints.weights import open_checkpoint, weight_files
 from ..checkpoints.writing import free_target, spare, write_json
 from ..errors import ConfigError, ConvertError
 from ..files import read_json
@@ -97,7 +97,9 @@ class Calibrator:
         samples = calibration_samples(calibration.samples)
         calibration.folder.mkdir(parents=True, exist_ok=True)
         kept = calibration.folder / "answers.json"
-        self.batches = read_samples(self.model, processor, samples, kept, tell)
+        self.batches = read_samples(
+            self.model, processor, samples, kept, source_identity(source), tell
+        )
         head = self.model.language_model
         self.table = head.lm_head.weight if "lm_head" in head else head.model.embed_tokens.weight
         self.hidden: list[mx.array] = []
@@ -107,9 +109,9 @@ class Calibrator:
         """Reads the calibration set once; what the source says is kept before its head."""
         digest = hashlib.sha256()
         for batch in self.batches:
-            self.tell("reading", len(self.hidden), len(self.batches))
             self.hidden.append(batch.hidden(self.model))
             digest.update(np.array(self.hidden[-1]).tobytes())
+            self.tell("reading", len(self.hidden), len(self.batches))
         self.digest = digest.hexdigest()
 
     def head(self, hidden: mx.array) -> mx.array:
@@ -224,6 +226,12 @@ def _nbytes(weight: mx.array, way: Mapping[str, Any]) -> int:
     """Bytes of a matrix in integers."""
     groups = weight.size // int(way["group_size"])
     return weight.size * int(way["bits"]) // 8 + 2 * groups * weight.dtype.size
+
+
+def source_identity(source: Path) -> str:
+    """Tells the weights of a folder from those of others, and from what they were before."""
+    found = [(file, file.stat()) for file in weight_files(source)]
+    return _key([(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in found])
 
 
 def _key(*parts: Any) -> str:

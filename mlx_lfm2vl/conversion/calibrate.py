@@ -176,8 +176,7 @@ def sensitivities(
     """What is lost if one group of modules is rounded: an estimate of the mean divergence.
 
     To second order, the divergence is half of the rounding error squared in the metric of the
-    Fisher information. Errors of rounding hardly depend on each other, so its diagonal is enough;
-    one backward pass from a random probe of the right covariance estimates it for all weights.
+    Fisher information. Errors of rounding hardly depend on each other, so its diagonal is enough.
 
     Args:
         ways: bits -> settings of `mx.quantize`, for each module by path.
@@ -185,41 +184,53 @@ def sensitivities(
     Returns:
         nats by group and bits.
     """
+    sizes = {path: next(iter(way.values()))["group_size"] for path, way in ways.items()}
+    information = _fisher_information(model, batches, sizes, tell)
+    losses: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for path, settings in ways.items():
+        weight = module_at(model, path).weight
+        for bits, way in settings.items():
+            errors = _squares(rounded(weight, way) - weight, sizes[path]).mean(axis=-1)
+            loss = (information[path] * errors).sum() / 2
+            losses[group_of(path)][bits] += cast(float, loss.item())
+    return {group: dict(by_bits) for group, by_bits in losses.items()}
+
+
+def _fisher_information(
+    model: Lfm2VlForConditionalGeneration,
+    batches: Sequence[Batch],
+    sizes: Mapping[str, int],
+    tell: Tell,
+) -> dict[str, mx.array]:
+    """The diagonal for each matrix, (rows, groups), summed over the weights of a group.
+
+    The square of a gradient, if what it is taken of is random with the right covariance.
+    """
     model.freeze()
-    for path in ways:
+    for path in sizes:
         module_at(model, path).unfreeze(keys=["weight"], recurse=False)
 
     def probed(batch: Batch, key: mx.array) -> mx.array:
         logits = model.language_model.logits(batch.hidden(model)).astype(mx.float32)
         p = mx.stop_gradient(mx.softmax(logits, axis=-1))
-        signs = mx.where(mx.random.bernoulli(shape=p.shape, key=key), 1.0, -1.0)
-        root = mx.sqrt(p)
+        noise = mx.sqrt(p) * mx.where(mx.random.bernoulli(shape=p.shape, key=key), 1.0, -1.0)
         # its covariance is diag(p) - p·pᵀ, the curvature of the divergence by the logits
-        probe = root * signs - p * (root * signs).sum(axis=-1, keepdims=True)
-        return (logits * probe).sum()
+        return (logits * (noise - p * noise.sum(axis=-1, keepdims=True))).sum()
 
     gradient = nn.value_and_grad(model, probed)
-    curvature: dict[str, mx.array] = {}
+    information: dict[str, mx.array] = {}
     for number, batch in enumerate(batches):
         _, slopes = gradient(batch, mx.random.key(number))
-        for path, settings in ways.items():
-            size = next(iter(settings.values()))["group_size"]
-            squares = _by_group(module_at(slopes, path)["weight"], size).sum(axis=-1)
-            curvature[path] = curvature.get(path, 0) + batch.weight * squares
-            mx.eval(curvature[path])
+        for path, size in sizes.items():
+            squares = _squares(module_at(slopes, path)["weight"], size).sum(axis=-1)
+            information[path] = information.get(path, 0) + batch.weight * squares
+            mx.eval(information[path])
         tell("sensitivity", number + 1, len(batches))
     model.unfreeze()
-    losses: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
-    for path, settings in ways.items():
-        weight = module_at(model, path).weight
-        for bits, way in settings.items():
-            errors = _by_group(rounded(weight, way) - weight, way["group_size"]).mean(axis=-1)
-            loss = (curvature[path] * errors).sum() / 2
-            losses[group_of(path)][bits] += cast(float, loss.item())
-    return {group: dict(by_bits) for group, by_bits in losses.items()}
+    return information
 
 
-def _by_group(values: mx.array, size: int) -> mx.array:
+def _squares(values: mx.array, size: int) -> mx.array:
     """Squares (rows, groups, size) of (rows, columns)."""
     return mx.square(values.astype(mx.float32)).reshape(len(values), -1, size)
 

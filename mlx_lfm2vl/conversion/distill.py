@@ -111,10 +111,7 @@ def distill(
     """
     trained = model.trainable_parameters()
     total = epochs * len(batches)
-    warmup = max(total // 20, 1)
-    rates = [optim.linear_schedule(rate / warmup, rate, warmup), optim.cosine_decay(rate, total)]
-    schedule = optim.join_schedules(rates, [warmup])
-    optimizer = optim.Adam(schedule, bias_correction=True)
+    optimizer = optim.Adam(_schedule(rate, total), bias_correction=True)
     optimizer.init(trained)
 
     def put(parameters: Tree) -> None:
@@ -139,6 +136,13 @@ def distill(
             tell("distillation", epoch * len(batches) + step + 1, total)
         _keep(kept, key, epoch + 1, trained, optimizer)
     put(trained)
+
+
+def _schedule(rate: float, steps: int) -> Callable[[mx.array], mx.array]:
+    """A short linear rise, and a cosine down to nothing."""
+    warmup = max(steps // 20, 1)
+    rise = optim.linear_schedule(rate / warmup, rate, warmup)
+    return optim.join_schedules([rise, optim.cosine_decay(rate, steps)], [warmup])
 
 
 def _keep(kept: Path, key: str, epoch: int, trained: Tree, optimizer: optim.Optimizer) -> None:

@@ -241,18 +241,15 @@ def make_plan(
         ConvertError, ConfigError, WeightsError, ModelNotFoundError: before any work is done.
     """
     model, weights = open_checkpoint(source)
-    before = {
-        path: settings
-        for path, module in model.named_modules()
-        if (settings := quantization_of(module)) is not None
-    }
+    modules = [(path, quantization_of(module)) for path, module in model.named_modules()]
+    before = {path: settings for path, settings in modules if settings is not None}
     _check_wishes(source, bool(before), quantization, dtype, dequantize, to_hf)
     after: Mapping[str, dict[str, Any]] = {} if dequantize else before
     left: dict[str, str] = {}
-    if quantization is not None:
-        after, left = (
-            (decisions, left) if decisions is not None else decide(matrices(model), quantization)
-        )
+    if decisions is not None:
+        after = decisions
+    elif quantization is not None:
+        after, left = decide(matrices(model), quantization)
     config = read_json(source / "config.json")
     if dequantize or quantization is not None:
         config.pop("quantization", None)

@@ -13,19 +13,23 @@ import mlx_lfm2vl
 from mlx_lfm2vl import ConvertError, DataError, Quantization, convert, stream_generate
 from mlx_lfm2vl.cli.convert import main
 from mlx_lfm2vl.conversion import report as module
+from mlx_lfm2vl.conversion import samples as samples_module
 from mlx_lfm2vl.conversion.report import (
     GREEDY_TOKENS,
-    QUESTION,
-    TEXTS,
     as_json,
     as_table,
     cosine,
     first_difference,
     kl_divergence,
-    made_images,
     plot,
-    read_conversations,
     report,
+)
+from mlx_lfm2vl.conversion.samples import (
+    QUESTION,
+    TEXTS,
+    Samples,
+    made_images,
+    read_conversations,
     samples,
 )
 
@@ -46,8 +50,8 @@ def compared(tmp_path_factory):
 def few(patch):
     """Fewer samples: the first two images and two texts."""
     images, texts = list(made_images())[:2], TEXTS[:2]
-    patch.setattr(module, "made_images", lambda: iter(images))
-    patch.setattr(module, "TEXTS", texts)
+    patch.setattr(samples_module, "made_images", lambda: iter(images))
+    patch.setattr(samples_module, "TEXTS", texts)
 
 
 def _compared(folder):
@@ -63,6 +67,7 @@ def test_equal_models(compared):
     assert result.image_cosine == pytest.approx(1, abs=1e-6)
     assert set(result.first_difference) == {None}
     assert result.bits_per_weight["language model"] == 32
+    assert result.tokens_per_second > 0
 
 
 def test_numbers_are_those_of_a_direct_computation(compared):
@@ -184,7 +189,8 @@ def test_samples(tmp_path):
     ]
     file = folder / "talks.jsonl"
     file.write_text("\n\n".join(map(json.dumps, lines)) + "\n")
-    talks = read_conversations(file)
+    talks, answers = zip(*read_conversations(file), strict=True)
+    assert answers == ("A cup.", None, None, None)
     assert [len(talk) for talk in talks] == [1, 1, 1, 1]
     located = [talk[0]["content"][0]["image"] for talk in talks[:3]]
     assert located == [str(folder / "sub" / "b.png")] * 2 + [url]
@@ -192,7 +198,7 @@ def test_samples(tmp_path):
     both = samples(folder)
     assert len(both.conversations) == len(built_in.conversations) + 1 + 4
     assert both.texts == [*built_in.texts, "The cat sits on the table."]
-    assert samples(file).conversations[-4:] == talks
+    assert samples(file).conversations[-4:] == list(talks)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +229,7 @@ def test_no_samples(tmp_path):
 
 
 def test_other_vocabularies():
-    few = module.Samples([], ["Hello"])
+    few = Samples([], ["Hello"])
     right = module._run(V5, few, None)
     with pytest.raises(ConvertError, match="makes other tokens of the same samples"):
         module._run(FIXTURES / "text396", few, right)

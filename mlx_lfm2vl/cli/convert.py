@@ -7,18 +7,22 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import ConvertError
-from .terminal import Parser, make_parser, run_command
+from .terminal import Parser, make_parser, run_command, tell
 
 if TYPE_CHECKING:
+    from ..conversion.calibrated import Calibration
+    from ..conversion.plan import Plan
     from ..conversion.recipes import Quantization
 
+BUILT_IN = ""  # --calibrate without a path
 EPILOG = """\
 examples:
   %(prog)s --hf-path LiquidAI/LFM2.5-VL-450M --mlx-path lfm2-4bit -q
   %(prog)s --hf-path my-finetune --mlx-path my-finetune-mlx -q --quant-predicate lfm2_4bit --report
+  %(prog)s --hf-path my-finetune --mlx-path my-4bit --calibrate photos --target-bits 4.5 --report
   %(prog)s --hf-path lfm2-4bit --mlx-path back -d --to-hf
   %(prog)s report LiquidAI/LFM2.5-VL-450M lfm2-4bit lfm2-8bit --plot fidelity.png
 """
@@ -46,7 +50,41 @@ def build_parser() -> Parser:
         "-d", "--dequantize", action="store_true", help="make floating point of integers"
     )
     _add_quantization(parser.add_argument_group("quantization"))
+    _add_calibration(parser.add_argument_group("calibrated quantization"))
     return parser
+
+
+def _add_calibration(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--calibrate",
+        nargs="?",
+        const=BUILT_IN,
+        metavar="PATH",
+        help="quantize so that answers change least: a folder of images, .txt and .jsonl files, or "
+        ".jsonl conversations; alone, a few pictures made in code",
+    )
+    group.add_argument(
+        "--target-bits",
+        type=float,
+        metavar="BITS",
+        help="bits per weight of the whole model, spent where they matter (default: 4.5, unless "
+        "--q-bits or --quant-predicate sets bits)",
+    )
+    group.add_argument(
+        "--refine",
+        nargs="+",
+        metavar="METHOD",
+        help="how values are improved: awq, gptq, clip, distill, or none (default: gptq distill)",
+    )
+    group.add_argument("--epochs", type=int, help="passes of the distillation (default: 8)")
+    group.add_argument("--save-plan", metavar="JSON", help="write the bits of each module; "
+                       "--quant-predicate reads it")  # fmt: skip
+    group.add_argument(
+        "--calibration-folder",
+        metavar="DIR",
+        help="keeps answers and progress, so that a run can be continued and the next one is quick "
+        "(default: beside the output)",
+    )
 
 
 def _add_quantization(group: argparse._ArgumentGroup) -> None:
@@ -94,24 +132,22 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _convert(args: argparse.Namespace) -> None:
     from ..checkpoints.hub import resolve_model
-    from ..checkpoints.writing import free_target, spare
-    from ..conversion.plan import make_plan, write_plan
+    from ..checkpoints.weights import open_checkpoint
+    from ..checkpoints.writing import free_target, spare, write_json
+    from ..conversion.plan import write_plan
+    from ..conversion.recipes import as_patterns, matrices
 
-    quantization = _quantization(args)
+    quantization, calibration = _quantization(args), _calibration(args)
     if args.dry_run and (args.report or args.upload_repo is not None):
         raise ConvertError("--dry-run writes nothing to compare or upload")
     target = Path(args.mlx_path) if args.dry_run else free_target(args.mlx_path, args.force)
     source = resolve_model(args.hf_path, args.revision)
     if not args.dry_run:
         spare(target, source)
-    plan = make_plan(
-        source,
-        quantization,
-        dtype=args.dtype,
-        dequantize=args.dequantize,
-        to_hf=args.to_hf,
-        origin=args.hf_path,
-    )
+    plan = _plan(args, source, quantization, calibration)
+    if args.save_plan is not None:
+        paths = matrices(open_checkpoint(source)[0])
+        write_json(Path(args.save_plan), as_patterns(paths, plan.after))
     sys.stdout.write(plan.summary(every_module=args.dry_run) + "\n")
     if args.dry_run:
         return
@@ -132,6 +168,84 @@ def _convert(args: argparse.Namespace) -> None:
         sys.stdout.write(f"uploaded to {upload(target, args.upload_repo)}\n")
 
 
+def _plan(
+    args: argparse.Namespace,
+    source: Path,
+    quantization: Quantization | None,
+    calibration: Calibration | None,
+) -> Plan:
+    from ..conversion.plan import make_plan
+
+    if calibration is None:
+        return make_plan(
+            source,
+            quantization,
+            dtype=args.dtype,
+            dequantize=args.dequantize,
+            to_hf=args.to_hf,
+            origin=args.hf_path,
+        )
+    from ..conversion.calibrated import calibrated_plan
+
+    if args.dequantize or args.to_hf:
+        raise ConvertError("--calibrate quantizes, which -d and --to-hf exclude")
+    if calibration.samples is None:
+        tell("calibrating on a few pictures made in code; your own, --calibrate PATH, do better")
+    with stage_bars() as progress:
+        return calibrated_plan(
+            source,
+            quantization,
+            calibration,
+            dtype=args.dtype,
+            origin=args.hf_path,
+            tell=progress,
+            refine=not args.dry_run,
+        )
+
+
+def _calibration(args: argparse.Namespace) -> Calibration | None:
+    """The settings of the flags; a ConvertError for some that would have no effect."""
+    flags = {
+        "--target-bits": args.target_bits,
+        "--refine": args.refine,
+        "--epochs": args.epochs,
+        "--calibration-folder": args.calibration_folder,
+    }
+    given = [flag for flag, value in flags.items() if value is not None]
+    if args.calibrate is None:
+        if given:
+            raise ConvertError(f"{', '.join(given)}: these settings need --calibrate")
+        return None
+    from ..conversion.calibrated import TARGET_BITS, Calibration
+
+    bits = {
+        "--q-bits": args.q_bits,
+        "--quant-predicate": args.quant_predicate,
+        "--q-vision": args.q_vision,
+        "--q-embeddings": args.q_embeddings,
+        "--no-q-projector": args.no_q_projector or None,
+    }
+    deciding = [flag for flag, value in bits.items() if value is not None]
+    target = args.target_bits
+    if target is not None and deciding:
+        flags_told = ", ".join(deciding)
+        raise ConvertError(f"--target-bits decides about all modules; leave {flags_told} out")
+    if target is None and not deciding:
+        target = TARGET_BITS
+    folder = args.calibration_folder
+    settings: dict[str, Any] = {}
+    if args.refine is not None:
+        settings["methods"] = () if args.refine == ["none"] else tuple(args.refine)
+    if args.epochs is not None:
+        settings["epochs"] = args.epochs
+    return Calibration(
+        args.calibrate if args.calibrate != BUILT_IN else None,
+        target,
+        folder=Path(folder if folder is not None else f"{args.mlx_path}.calibration"),
+        **settings,
+    )
+
+
 def _quantization(args: argparse.Namespace) -> Quantization | None:
     """The settings of the flags; a ConvertError if there are some without -q."""
     from ..conversion.recipes import Quantization
@@ -146,7 +260,7 @@ def _quantization(args: argparse.Namespace) -> Quantization | None:
         "--q-embeddings": args.q_embeddings,
     }
     given = [flag for flag, value in flags.items() if value is not None]
-    if not args.quantize:
+    if not args.quantize and args.calibrate is None:
         if given:
             raise ConvertError(f"{', '.join(given)}: quantization settings need -q")
         return None
@@ -188,3 +302,32 @@ def progress_bar(unit: str = "tensor") -> Iterator[Callable[[int, int], None] | 
             bar.update(done - bar.n)
 
         yield update
+
+
+@contextmanager
+def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each stage of a long work, on a terminal; lines elsewhere."""
+    if not sys.stderr.isatty():
+        stages: list[str] = []
+
+        def line(stage: str, done: int, total: int) -> None:
+            if stages[-1:] != [stage]:
+                stages.append(stage)
+                tell(f"{stage}: {total} steps")
+
+        yield line
+        return
+    from tqdm import tqdm
+
+    bars: dict[str, Any] = {}
+
+    def update(stage: str, done: int, total: int) -> None:
+        if stage not in bars:
+            bars[stage] = tqdm(desc=stage, total=total)
+        bars[stage].update(done - bars[stage].n)
+
+    try:
+        yield update
+    finally:
+        for bar in bars.values():
+            bar.close()

@@ -230,22 +230,25 @@ def make_plan(
     dequantize: bool = False,
     to_hf: bool = False,
     origin: str | None = None,
+    decisions: Mapping[str, dict[str, Any]] | None = None,
 ) -> Plan:
     """Decides about every tensor; reads nothing but headers and configuration.
+
+    Args:
+        decisions: how each module is quantized, if that was decided already.
 
     Raises:
         ConvertError, ConfigError, WeightsError, ModelNotFoundError: before any work is done.
     """
     model, weights = open_checkpoint(source)
-    before = {
-        path: settings
-        for path, module in model.named_modules()
-        if (settings := quantization_of(module)) is not None
-    }
+    modules = [(path, quantization_of(module)) for path, module in model.named_modules()]
+    before = {path: settings for path, settings in modules if settings is not None}
     _check_wishes(source, bool(before), quantization, dtype, dequantize, to_hf)
-    after = {} if dequantize else before
+    after: Mapping[str, dict[str, Any]] = {} if dequantize else before
     left: dict[str, str] = {}
-    if quantization is not None:
+    if decisions is not None:
+        after = decisions
+    elif quantization is not None:
         after, left = decide(matrices(model), quantization)
     config = read_json(source / "config.json")
     if dequantize or quantization is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -186,6 +186,13 @@ def read_patterns(path: Path, paths: list[str]) -> dict[str, int | bool]:
             raise ConvertError(f"{path}: {pattern!r} asks for {bits!r}; it must be one of "
                                f"{sorted(allowed)}, or false")  # fmt: skip
     return patterns
+
+
+def as_patterns(
+    paths: Iterable[str], decisions: Mapping[str, dict[str, Any]]
+) -> dict[str, int | bool]:
+    """What `read_patterns` reads: each module by its name, with its bits or false."""
+    return {path: decisions[path]["bits"] if path in decisions else False for path in paths}
 
 
 def _layer(path: str) -> int | None:

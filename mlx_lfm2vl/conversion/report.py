@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from time import perf_counter
+from typing import cast
 
 import mlx.core as mx
 
@@ -20,35 +21,20 @@ from ..checkpoints.hub import resolve_model
 from ..checkpoints.loading import load
 from ..checkpoints.weights import weight_files
 from ..checkpoints.writing import complete_file
-from ..errors import ConvertError, DataError
+from ..errors import ConvertError
 from ..generation.generate import generate_step
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..prompts.processor import Prompt
 from .plan import Progress, make_plan, parameters_of
-
-if TYPE_CHECKING:
-    from PIL import Image
-
+from .samples import Samples, samples
 
 GREEDY_TOKENS = 48
+TIMED_TOKENS = 32
 COMPONENTS = {
     "vision tower": "vision_tower.",
     "projector": "multi_modal_projector.",
     "language model": "language_model.",
 }
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-TEXTS = (
-    "The lighthouse keeper climbed the stairs every evening, lit the lamp, and wrote down the "
-    "wind, the clouds and the ships that passed.",
-    "To make the dough, mix 500 g of flour with 320 ml of water, 10 g of salt and 3 g of yeast; "
-    "knead it for ten minutes and let it rest.",
-    "def mean(values):\n    total = sum(values)\n    return total / len(values)\n",
-    "Q: A train leaves at 9:40 and arrives at 11:05. How long does it travel? A: 85 minutes.",
-    "Der Zug nach Zürich fährt heute von Gleis sieben ab, etwa zehn Minuten später als geplant.",
-    "La niña abrió la ventana, miró la lluvia y decidió quedarse en casa con un libro.",
-    '[{"label": "cup", "bbox": [0.12, 0.40, 0.31, 0.77]}, {"label": "spoon", "bbox": [0.35, 0.5]}]',
-)
-QUESTION = "Describe this image."
 
 
 @dataclass(frozen=True)
@@ -68,6 +54,7 @@ class Fidelity:
         image_cosine: mean cosine of the image features of one image token.
         first_difference: for each question, images first, the first token where both's own greedy
             answers part; None if they are the same up to their end.
+        tokens_per_second: of one answer on this machine, in the type that `load` chooses.
     """
 
     name: str
@@ -81,14 +68,7 @@ class Fidelity:
     text_p99_kl: float
     image_cosine: float
     first_difference: list[int | None] = field(default_factory=list)
-
-
-@dataclass
-class Samples:
-    """What checkpoints are compared on: conversations that await an answer, and bare texts."""
-
-    conversations: list[list[Any]]
-    texts: list[str]
+    tokens_per_second: float = 0.0
 
 
 @dataclass
@@ -130,108 +110,6 @@ def report(
 
     right = _run(reference, chosen, None, step)
     return [_compare(other, right, _run(other, chosen, right, step)) for other in others]
-
-
-def samples(folder: str | Path | None) -> Samples:
-    """The built-in images and texts, and those of a user.
-
-    Args:
-        folder: holds images, `.txt` files, and `.jsonl` files with a conversation on each line,
-            `{"messages": […], "images": […]}` as for training; or is such a `.jsonl` file. An
-            answer at the end of a conversation is left out.
-    """
-    found = Samples([_question(image) for image in made_images()], list(TEXTS))
-    if folder is None:
-        return found
-    path = Path(folder).expanduser()
-    paths = sorted(path.glob("*")) if path.is_dir() else [path]
-    images = [_question(str(p)) for p in paths if p.suffix.lower() in IMAGE_SUFFIXES]
-    texts = [_read(p) for p in paths if p.suffix == ".txt"]
-    talks = [talk for p in paths if p.suffix == ".jsonl" for talk in read_conversations(p)]
-    if not images and not texts and not talks:
-        raise ConvertError(f"{folder} holds no image, no .txt file and no .jsonl file")
-    found.conversations += images + talks
-    found.texts += texts
-    return found
-
-
-def _question(image: Any) -> list[Any]:
-    items = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
-    return [{"role": "user", "content": items}]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-
-
-def read_conversations(path: Path) -> list[list[Any]]:
-    """The conversations of a file of JSON lines, up to their last question."""
-    talks = []
-    for number, line in enumerate(_read(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            talks.append(_conversation(json.loads(line), path.parent))
-        except (KeyError, TypeError, ValueError, RecursionError, StopIteration) as error:
-            raise DataError(
-                f'{path} line {number} is no {{"messages": [...]}} with a place for each of its '
-                f'"images": {error!r}'
-            ) from None
-    return talks
-
-
-def _conversation(entry: Any, folder: Path) -> list[Any]:
-    messages = list(entry["messages"])
-    if messages[-1:] and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages:
-        raise ValueError("nothing is asked")
-    images = iter(entry.get("images") or [])
-    talk = [_located(message, folder, images) for message in messages]
-    if next(images, None) is not None:
-        raise ValueError("more images than places")
-    return talk
-
-
-def _located(message: Any, folder: Path, images: Iterator[Any]) -> Any:
-    """The message with its images, their paths seen from the file of conversations."""
-    if not isinstance(message["content"], list):
-        return message
-    items = []
-    for item in message["content"]:
-        if item["type"] in ("image", "image_url"):
-            given = (item.get(key) for key in ("image", "url", "path", "image_url"))
-            image = next((value for value in given if value is not None), None)
-            image = image["url"] if isinstance(image, dict) else image
-            image = str(next(images) if image is None else image)
-            remote = image.startswith(("http://", "https://", "data:"))
-            item = {"type": "image", "image": image if remote else str(folder / image)}
-        items.append(item)
-    return {**message, "content": items}
-
-
-def made_images() -> Iterator[Image.Image]:
-    """Three pictures made in code: shapes, a printed word, and one large enough to be tiled."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    shapes = Image.linear_gradient("L").resize((300, 220)).convert("RGB")
-    pen = ImageDraw.Draw(shapes)
-    pen.ellipse((30, 40, 130, 140), fill="red")
-    pen.rectangle((170, 60, 270, 180), fill="navy", outline="white", width=5)
-    yield shapes
-    word = Image.new("RGB", (400, 160), "ivory")
-    font = ImageFont.load_default(72)
-    ImageDraw.Draw(word).text((40, 40), "EXIT 42", fill="darkgreen", font=font)
-    yield word
-    large = Image.radial_gradient("L").resize((1100, 800)).convert("RGB")
-    pen = ImageDraw.Draw(large)
-    for n in range(12):
-        x, y = 60 + 250 * (n % 4), 60 + 240 * (n // 4)
-        pen.polygon((x, y + 120, x + 60, y, x + 120, y + 120), fill=f"hsl({n * 30}, 90%, 50%)")
-    yield large
 
 
 def _run(
@@ -317,7 +195,17 @@ def _compare(name: str | Path, right: _Outputs, other: _Outputs) -> Fidelity:
         *_scores(right.logprobs[images:], other.logprobs[images:]),
         _number(mx.concatenate(cosines).mean()),
         [first_difference(a, b) for a, b in zip(right.answers, other.answers, strict=True)],
+        decode_speed(path),
     )
+
+
+def decode_speed(folder: Path) -> float:
+    """Tokens per second of one answer, after the first ones, in which memory settles."""
+    model, _ = load(folder)
+    times = [perf_counter() for _ in generate_step([1, 2, 3], model, max_tokens=2 * TIMED_TOKENS)][
+        -TIMED_TOKENS:
+    ]
+    return (len(times) - 1) / (times[-1] - times[0])
 
 
 def _scores(right: list[mx.array], other: list[mx.array]) -> tuple[float, float, float]:
@@ -374,8 +262,8 @@ def as_table(results: list[Fidelity]) -> str:
     lines = [
         "| checkpoint | size | bits/weight (vision, projector, language) | after images: same top "
         "token | mean KL | 99 % KL | image cosine | answers part at | texts: same top token | "
-        "mean KL | 99 % KL |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "mean KL | 99 % KL | tok/s here |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         bits = result.bits_per_weight
@@ -388,7 +276,7 @@ def as_table(results: list[Fidelity]) -> str:
             f"{bits['all']:.2f} ({parts}) | {100 * result.top1_agreement:.2f} % | "
             f"{result.mean_kl:.5f} | {result.p99_kl:.5f} | {result.image_cosine:.6f} | {apart} | "
             f"{100 * result.text_top1_agreement:.2f} % | {result.text_mean_kl:.5f} | "
-            f"{result.text_p99_kl:.5f} |"
+            f"{result.text_p99_kl:.5f} | {result.tokens_per_second:.0f} |"
         )
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 The other tests compare numbers; these measure behaviour.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -96,22 +97,66 @@ def test_it_still_sees_when_quantized(settings, loss, tmp_path, examples, float_
 def test_it_is_blind_without_pixels(demo, examples):
     """Grey pictures in place of the real ones: nothing but guesses is left."""
     model, processor = demo
-    blank = {
-        task: [
-            world.Example(
-                tuple(picture.point(lambda _: 128) for picture in example.pictures),
-                example.scenes,
-                example.task,
-                example.turns,
-            )
-            for example in chosen
-        ]
-        for task, chosen in examples.items()
-    }
+    chance = {"describe": 0.1, "count": 0.6, "colour": 0.35, "where": 0.3, "read": 0.1}
+    chance |= {"detect": 0.25, "compare": 0.75, "record": 0.5, "choice": 0.8, "call": 0.2}
+    blank = {task: [grey(example) for example in examples[task]] for task in chance}
     found = scores(model, processor, blank)
-    chance = {"describe": 0.1, "count": 0.6, "colour": 0.35, "where": 0.3}
-    chance |= {"read": 0.1, "detect": 0.25, "compare": 0.75}
     assert all(found[task] <= limit for task, limit in chance.items()), found
+
+
+def grey(example):
+    pictures = tuple(picture.point(lambda _: 128) for picture in example.pictures)
+    return dataclasses.replace(example, pictures=pictures)
+
+
+@pytest.mark.parametrize("pen", ["svg", "matplotlib"])
+def test_it_sees_what_others_draw(pen, demo):
+    """Pictures by means that training did not use."""
+    least = {"colour": 0.9, "count": 0.9, "detect": 0.8}
+    for task, score in least.items():
+        found = evaluate.mean(evaluate.evaluate(*demo, task, PICTURES, pen=pen))
+        assert found >= score - margin(100 * score), (task, found)
+
+
+def test_pictures_lie_in_files_in_many_ways(demo, tmp_path):
+    """Turned by EXIF, with a palette, transparent, as WebP: the answers stay the same."""
+    from PIL import Image
+
+    for number in range(3):
+        example = world.make_example("test", number, "colour", large=number == 2)
+        [picture], [(question, answer)] = example.pictures, example.turns
+        exif = Image.Exif()
+        exif[0x0112] = 6  # shown, it is turned by 90 degrees to the right
+        picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+        picture.quantize(64).save(tmp_path / "palette.png")
+        picture.convert("RGBA").save(tmp_path / "alpha.webp", lossless=True)
+        for path in sorted(tmp_path.iterdir()):
+            assert generate(*demo, question, path, temperature=0.0) == answer, path.name
+
+
+def test_the_contact_sheet_shows_the_worst(examples):
+    chosen = [examples[task][0] for task in ("detect", "compare", "record")]
+    answers = ["[]", "the third", chosen[2].turns[0][1]]
+    results = [
+        evaluate.Result(example, answer, evaluate.score(example, answer))
+        for example, answer in zip(chosen, answers, strict=True)
+    ]
+    assert [result.score for result in results[1:]] == [0.0, 1.0]
+    sheet = evaluate.contact_sheet(results * 10)
+    assert sheet.size == (6 * evaluate.CELL, 4 * (evaluate.CELL + 60))
+    assert len(sheet.getcolors(2**20) or ()) > 20
+
+
+def test_scores_are_what_they_say():
+    detect = world.make_example("test", 1, "detect")
+    right = evaluate.true_boxes(detect)
+    assert evaluate.box_score(right, right) == 1 or not right
+    assert evaluate.box_score([*right, *right], right) == pytest.approx(0.5)
+    wanted = '{"shapes": [{"kind": "ring", "color": "red", "place": "center"}], "text": ""}'
+    assert evaluate.record_score(wanted, wanted) == 1
+    assert evaluate.record_score(wanted.replace("red", "blue"), wanted) == 0.75
+    assert evaluate.record_score("a red ring", wanted) == 0
+    assert evaluate.record_score("[1]", wanted) == 0
 
 
 def test_the_official_code_answers_the_same(demo, examples):
@@ -129,10 +174,13 @@ def questions(examples):
     return [world.messages_of(example, example.pictures)[:1] for example in examples]
 
 
+PLAIN = [task for task in world.TASKS if task != "call"]  # without tools
+
+
 def test_ways_of_asking_agree(demo, examples):
     """Batches, sessions, chunked reading and a window as long as the prompt change no answer."""
     model, processor = demo
-    chosen = some(examples)
+    chosen = some({task: examples[task] for task in PLAIN})
     alone = [
         generate(model, processor, question, temperature=0.0, max_tokens=100)
         for question in questions(chosen)
@@ -216,7 +264,7 @@ def test_a_short_lora_run_teaches_a_new_word(tmp_path):
 
 def test_the_folder_is_small_and_complete():
     folder = ROOT / "mlx_lfm2vl" / "demo"
-    assert (folder / "model.safetensors").stat().st_size <= 6_000_000
+    assert (folder / "model.safetensors").stat().st_size <= 8_000_000
     assert set(STATED) == set(world.TASKS)
     model, _ = load("demo")
     assert 1e6 <= sum(array.size for _, array in tree_flatten(model.parameters())) <= 3e6
@@ -259,34 +307,25 @@ def test_a_wheel_holds_the_model_and_needs_no_network(tmp_path):
     assert json.loads(run.stdout)["text"] == picture_answer()
 
 
-def test_two_pictures_can_be_described_at_the_end():
-    plain = world.make_example("train", 0, "compare", turns=3)
-    both = world.make_example("train", 0, "compare", turns=3, then=["describe"])
-    assert both.turns[:-2] == plain.turns
-    assert both.scenes == plain.scenes
-    for turn, scene, place in zip(both.turns[-2:], both.scenes, ("first", "second"), strict=True):
-        assert turn == (f"What is in the {place} picture?", world.describe(scene))
-
-
-def test_no_turns_describe_either_picture_first():
+def test_two_pictures_are_told_apart_in_training():
     begun = set()
-    for number in range(20):
-        example = world.make_example("train", number, "compare", turns=0, then=["describe"])
-        asked = [question for question, _ in example.turns]
-        assert sorted(asked) == ["What is in the first picture?", "What is in the second picture?"]
-        place = 0 if "first" in asked[0] else 1
-        assert example.turns[0][1] == world.describe(example.scenes[place])
-        begun.add(place)
-    assert begun == {0, 1}
+    for number in range(40):
+        example = world.make_example("train", number, "compare", turns=4)
+        for question, answer in example.turns:
+            for place, scene in zip(("first", "second"), example.scenes, strict=True):
+                if question == f"What is in the {place} picture?":
+                    assert answer == world.describe(scene)
+                    begun.add(place)
+    assert begun == {"first", "second"}
 
 
-@pytest.mark.parametrize("options", ["--turns 0", "--task compare --turns 0", "--turns -1"])
+@pytest.mark.parametrize("options", ["--turns 0", "--turns -1"])
 def test_examples_without_questions_are_refused(options, tmp_path, monkeypatch, capsys):
     output = tmp_path / "world"
     monkeypatch.setattr("sys.argv", ["world.py", *options.split(), "--output", str(output)])
     with pytest.raises(SystemExit):
         world.main()
-    assert "must be 1 or more, or 0 with" in capsys.readouterr().err
+    assert "must be 1 or more" in capsys.readouterr().err
     assert not output.exists()
 
 

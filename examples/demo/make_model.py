@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from world import COLORS, NEW_SHAPE, PHRASES, SHAPES, make_example
+from world import COLORS, NEW_SHAPE, NO_TEXT, PHOTOGRAPH, PHRASES, SHAPES, TOOLS, make_example
 
 from mlx_lfm2vl.models.config import Lfm2VlConfig
 from mlx_lfm2vl.models.lfm2_vl import Lfm2VlForConditionalGeneration
@@ -105,9 +106,9 @@ IMAGES = {
 
 
 def make_tokenizer() -> Tokenizer:
-    """Bytes and merges for the world's words; digits and capital letters stay single."""
+    """Bytes and merges for the world's words; a coordinate is one token, other digits are single."""
     tokenizer = Tokenizer(models.BPE())
-    pieces = Regex(r" ?\d\.(?=\d)| ?\d|\p{Lu}| ?[\p{L}']+| ?[^\s\p{L}\d]+|\s+")
+    pieces = Regex(r" ?0\.\d\d(?!\d)| ?\d|\p{Lu}| ?[\p{L}']+| ?[^\s\p{L}\d]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(pieces, "isolated"),
@@ -116,7 +117,7 @@ def make_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=700,
+        vocab_size=1100,
         min_frequency=20,
         special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -132,10 +133,12 @@ def make_tokenizer() -> Tokenizer:
 
 def corpus() -> list[str]:
     """Questions and answers of the training split, and every name that they may hold."""
-    texts = ["user\n", "assistant\n", "system\n"] * 20
+    texts = ["user\n", "assistant\n", "system\n", "tool\n"] * 20
+    texts += ["List of tools: " + json.dumps(TOOLS), NO_TEXT, PHOTOGRAPH] * 20
+    texts += [f"[0.{place:02}, 0.{place:02}" for place in range(100)] * 30
     for number in range(1500):
         for question, answer in make_example("train", number, turns=4).turns:
-            texts += [question, answer]
+            texts += [question, answer if isinstance(answer, str) else json.dumps(answer)]
     for kind in (*SHAPES, NEW_SHAPE):
         for color in COLORS:
             texts += [phrase.format(f"{color} {kind}") for phrase in PHRASES["where"]] * 3
@@ -249,6 +252,34 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, mx.array]:
     return dict(tree_flatten(tree_map_with_path(fill, model.parameters())))
 
 
+def carried_over(
+    weights: dict[str, mx.array], tokenizer: Tokenizer, folder: Path
+) -> dict[str, mx.array]:
+    """The weights of an earlier demo model under the new vocabulary.
+
+    Tokens keep their rows. A new one begins as the mean of the pieces that it was written with
+    before, a coordinate as a sum of waves, so that near ones are alike.
+    """
+    name = "language_model.model.embed_tokens.weight"
+    old = {key: value.astype(mx.float32) for key, value in mx.load(str(folder / "model.safetensors")).items()}
+    before = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    table, fresh = old[name], weights[name]
+    scale = mx.linalg.norm(table, axis=1).mean().item()
+    places = waves(100, 12).T @ mx.random.normal((12, fresh.shape[1]))
+    places = 0.5 * scale * places / mx.linalg.norm(places, axis=1, keepdims=True)
+    rows = [fresh[0]] * fresh.shape[0]
+    for token, place in tokenizer.get_vocab().items():
+        text = tokenizer.decoder.decode([token])
+        pieces = before.encode(text, add_special_tokens=False).ids
+        known = before.token_to_id(token)
+        rows[place] = table[known] if known is not None else table[mx.array(pieces)].mean(axis=0)
+        if known is None and COORDINATE.fullmatch(text):
+            first = table[before.encode(text[:-2], add_special_tokens=False).ids[0]]
+            rows[place] = 0.5 * first + places[int(text[-2:])]
+    return {**old, name: mx.stack(rows)}
+
+
+COORDINATE = re.compile(r" ?0\.\d\d")
 FILTER = 0.3  # makes a picture's edges as strong as its positions
 
 
@@ -256,32 +287,41 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
+def write_model(folder: Path, seed: int = 0, weights_from: Path | None = None) -> None:
+    """Writes a folder to train from.
+
+    Args:
+        seed: of the weights.
+        weights_from: an earlier demo model whose weights are taken over.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer()
+    config = make_config(tokenizer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    write_json(folder / "config.json", config)
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 4096, **TOKENS}
+    write_json(folder / "tokenizer_config.json", names)
+    processor = {"processor_class": "Lfm2VlProcessor", "image_processor": IMAGES}
+    write_json(folder / "processor_config.json", processor)
+    text = config["text_config"]
+    ids = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(folder / "generation_config.json", {**ids, "do_sample": False})
+    weights = random_weights(config, seed)
+    if weights_from is not None:
+        weights = carried_over(weights, tokenizer, weights_from)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    total = sum(weight.size for weight in weights.values())
+    print(f"{folder}: {total / 1e6:.2f} million weights, {tokenizer.get_vocab_size()} tokens")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the demo model before training.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--weights-from", type=Path, help="folder of an earlier demo model")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer()
-    config = make_config(tokenizer)
-    tokenizer.save(str(args.output / "tokenizer.json"))
-    (args.output / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    write_json(args.output / "config.json", config)
-    write_json(
-        args.output / "tokenizer_config.json",
-        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 4096, **TOKENS},
-    )
-    write_json(
-        args.output / "processor_config.json",
-        {"processor_class": "Lfm2VlProcessor", "image_processor": IMAGES},
-    )
-    text = config["text_config"]
-    ids = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    write_json(args.output / "generation_config.json", {**ids, "do_sample": False})
-    weights = random_weights(config, args.seed)
-    mx.save_safetensors(str(args.output / "model.safetensors"), weights, {"format": "mlx"})
-    total = sum(weight.size for weight in weights.values())
-    print(f"{args.output}: {total / 1e6:.2f} million weights, {tokenizer.get_vocab_size()} tokens")
+    write_model(args.output, args.seed, args.weights_from)
 
 
 if __name__ == "__main__":

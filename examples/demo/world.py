@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,18 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from drawing import SHADES, draw, font, proportions
+from PIL import Image
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 NEW_SHAPE = "heart"  # never drawn for the demo model: adapters can teach it
-COLORS = {
-    "red": (215, 40, 40),
-    "green": (35, 150, 60),
-    "blue": (45, 85, 220),
-    "yellow": (240, 205, 30),
-    "purple": (145, 60, 180),
-    "orange": (245, 130, 25),
-}
+COLORS = tuple(SHADES)
 # fmt: off
 WORDS = (
     "ANT", "BEE", "BOX", "BUS", "CAT", "CUP", "DOG", "EGG", "FOX", "HAT", "JAM", "KEY", "MAP",
@@ -40,8 +33,16 @@ WORDS = (
 )
 # fmt: on
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
-TASKS = ("describe", "count", "colour", "where", "read", "detect", "compare")
+TASKS = (
+    "describe", "count", "colour", "where", "read", "detect", "compare", "record", "choice",
+    "absent", "call", "photo",
+)  # fmt: skip
 MAP = "map"  # asked in training only: what stands where teaches a model to look there
+# of training's further questions about a picture: those that are hard come oftener
+FURTHER = {
+    "detect": 6, "count": 3, "where": 3, "describe": 2, "colour": 2, "choice": 2, "absent": 2,
+    "record": 2, "read": 2, MAP: 1,
+}  # fmt: skip
 
 DETECT = (
     "Detect all instances of: {query}. Response must be a JSON array: "
@@ -53,8 +54,37 @@ PHRASES = {
     "where": ("Where is the {0}?",),
     "read": ("What does the picture say?", "What is written here?"),
     "count": ("How many {0} are there?",),
+    "record": ("Record the picture as JSON.",),
+    "there": ("Is there {0}?",),
+    "choice": ("Is the {0} {1} or {2}?",),
+    "price": ("What does the {0} cost?",),
+    "page": ("Which page is the word on?",),
     MAP: ("Map the picture.",),
 }
+NO_TEXT = "There is no text."
+PHOTOGRAPH = "I know drawn pictures only."
+PHOTOS = Path(__file__).parents[1] / "photos"
+
+TOOLS: tuple[dict[str, Any], ...] = (
+    {
+        "name": "get_price",
+        "description": "The price of a shape.",
+        "parameters": {
+            "type": "object",
+            "properties": {"color": {"enum": [*COLORS]}, "kind": {"enum": [*SHAPES]}},
+            "required": ["color", "kind"],
+        },
+    },
+    {
+        "name": "look_up",
+        "description": "The page of a word.",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": {"type": "string"}},
+            "required": ["word"],
+        },
+    },
+)
 
 Box = tuple[float, float, float, float]
 
@@ -67,6 +97,8 @@ class Thing:
     color: str
     text: str
     box: Box
+    turn: float = 0.0  # degrees
+    part: float = 0.5  # how thick or pointed, from 0 to 1
 
     @property
     def is_text(self) -> bool:
@@ -79,6 +111,10 @@ class Thing:
     @property
     def center(self) -> tuple[float, float]:
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+
+    def is_a(self, query: str) -> bool:
+        """Whether a question for `red circle`, `circle`, `shape` or `word` is about this."""
+        return query in (self.kind, self.name) or (query == "shape" and not self.is_text)
 
 
 @dataclass(frozen=True)
@@ -101,19 +137,17 @@ class Scene:
 
 @dataclass(frozen=True)
 class Example:
-    """Pictures, the task of the first question, and the turns about them."""
+    """Pictures, the task of the first question, and the turns about them.
+
+    A turn is a question and its answer. With tools, the first answer is a call, as
+    (name, arguments), and the second question is what the tool returned.
+    """
 
     pictures: tuple[Image.Image, ...]
     scenes: tuple[Scene, ...]
     task: str
-    turns: tuple[tuple[str, str], ...]
-
-
-def font(size: float) -> ImageFont.FreeTypeFont:
-    """Pillow's own scalable font."""
-    chosen = ImageFont.load_default(size)
-    assert isinstance(chosen, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
-    return chosen
+    turns: tuple[tuple[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 # ---- scenes
@@ -136,7 +170,7 @@ def make_scene(
         least, most: bounds of how many shapes.
     """
     width, height = _size(rng, large)
-    count = rng.choices((1, 2, 3, 4), (3, 4, 4, 2))[0] - (1 if text else 0)
+    count = rng.choices((1, 2, 3, 4), (3, 4, 4, 3))[0] - (1 if text else 0)
     count = min(max(least, count), most)
     kinds, colors = list(shapes), list(COLORS)
     if rng.random() < 0.5:  # few kinds, so that some come twice
@@ -144,8 +178,12 @@ def make_scene(
     things: list[Thing] = []
     if text:
         things.append(_place_text(rng, width, height, large))
+    is_straight = rng.random() < 0.6
     for _ in range(count):
-        thing = _place_shape(rng, width, height, rng.choice(kinds), rng.choice(colors), things)
+        kind, color = rng.choice(kinds), rng.choice(colors)
+        turn = 0.0 if is_straight else rng.uniform(-15, 15)
+        blank = Thing(kind, color, "", (0, 0, 0, 0), turn, rng.random())
+        thing = _place_shape(rng, width, height, blank, things)
         if thing is not None:
             things.append(thing)
     ordered = sorted(things, key=lambda thing: thing.center[0])
@@ -154,10 +192,10 @@ def make_scene(
 
 def _size(rng: random.Random, large: bool) -> tuple[int, int]:
     while True:
-        low, high = (200, 320) if large else (96, 176)
+        low, high = (160, 480) if large else (88, 200)
         width, height = rng.randint(low, high), rng.randint(low, high)
         rounded = round(width / 32) * round(height / 32)
-        if (rounded > 32) == large and 0.6 < width / height < 1.7:
+        if (rounded > 32) == large and 0.4 < width / height < 2.5:
             return width, height
 
 
@@ -177,17 +215,20 @@ def _place_text(rng: random.Random, width: int, height: int, large: bool) -> Thi
 
 
 def _place_shape(
-    rng: random.Random, width: int, height: int, kind: str, color: str, others: Sequence[Thing]
+    rng: random.Random, width: int, height: int, blank: Thing, others: Sequence[Thing]
 ) -> Thing | None:
+    shape = proportions(blank.kind, blank.turn, blank.part)
+    if blank.kind == "square":
+        shape *= rng.uniform(0.87, 1.15)
     for _ in range(60):
-        side = rng.uniform(0.24, 0.38) * min(width, height)
-        tall = side * rng.uniform(0.85, 1.15) if kind in ("square", "triangle") else side
-        left = rng.uniform(0.02 * width, 0.98 * width - side)
+        side = rng.uniform(0.23, 0.42) * min(width, height)
+        wide, tall = (side, side / shape) if shape > 1 else (side * shape, side)
+        left = rng.uniform(0.02 * width, 0.98 * width - wide)
         top = rng.uniform(0.02 * height, 0.98 * height - tall)
-        thing = Thing(kind, color, "", (left, top, left + side, top + tall))
+        thing = replace(blank, box=(left, top, left + wide, top + tall))
         if all(_apart(thing, other, width, height) for other in others):
             return thing
-    return None  # no room left
+    return None  # nothing free
 
 
 def _apart(a: Thing, b: Thing, width: int, height: int) -> bool:
@@ -198,128 +239,50 @@ def _apart(a: Thing, b: Thing, width: int, height: int) -> bool:
     return not overlap and abs(a.center[0] - b.center[0]) > 0.1 * width
 
 
-# ---- pictures
+def photograph(rng: random.Random) -> Image.Image:
+    """A piece of a photograph, or of a cloud of noise that looks as irregular."""
+    files = sorted(path for path in PHOTOS.iterdir() if path.suffix in (".png", ".jpg"))
+    chosen = rng.randrange(len(files) + 1)
+    width, height = _size(rng, rng.random() < 0.2)
+    if chosen == len(files):
+        return _clouds(rng, width, height)
+    with Image.open(files[chosen]) as file:
+        picture = file.convert("RGB")
+    share = rng.uniform(0.4, 1.0)
+    wide, tall = round(share * picture.width), round(share * picture.height)
+    left, top = rng.randint(0, picture.width - wide), rng.randint(0, picture.height - tall)
+    piece = picture.resize((width, height), box=(left, top, left + wide, top + tall))
+    if rng.random() < 0.5:
+        piece = piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    order = rng.choice(("RGB", "RGB", "BGR", "GRB", "GBR"))
+    return Image.merge("RGB", [piece.getchannel(channel) for channel in order])
 
 
-def draw(scene: Scene) -> Image.Image:
-    """The scene as an RGB picture, drawn fourfold and shrunk for smooth edges."""
-    rng = random.Random(scene.seed)
-    is_dark = rng.random() < 0.35
-    picture = _background(rng, scene.width, scene.height, is_dark)
-    zoom = 4
-    layer = Image.new("RGBA", (scene.width * zoom, scene.height * zoom), (0, 0, 0, 0))
-    brush = ImageDraw.Draw(layer)
-    for thing in scene.shapes:
-        color = tuple(_clip(value + rng.randint(-12, 12)) for value in COLORS[thing.color])
-        x1, y1, x2, y2 = (zoom * value for value in thing.box)
-        _draw_shape(brush, thing.kind, (x1, y1, x2, y2), color)
-    layer = layer.resize(picture.size, Image.Resampling.BOX)
-    picture.paste(layer, (0, 0), layer)
-    ink = (250, 250, 250) if is_dark else (15, 15, 15)
-    for thing in scene.texts:
-        _draw_text(picture, thing, ink)
+def _clouds(rng: random.Random, width: int, height: int) -> Image.Image:
+    """Noise of all sizes, the large ones strongest, as in photographs."""
+    picture = Image.new("RGB", (width, height), tuple(rng.randrange(256) for _ in range(3)))
+    for cells in (2, 4, 8, 16, 32, 64):
+        grid = Image.frombytes("RGB", (cells, cells), rng.randbytes(3 * cells * cells))
+        smooth = grid.resize((width, height), Image.Resampling.BICUBIC)
+        picture = Image.blend(picture, smooth, rng.uniform(0.15, 0.5))
     return picture
-
-
-def _background(rng: random.Random, width: int, height: int, is_dark: bool) -> Image.Image:
-    low, high = (10, 60) if is_dark else (190, 245)
-    base = [rng.randint(low, high)] * 3
-    base = [_clip(value + rng.randint(-10, 10)) for value in base]
-    other = [_clip(value + rng.randint(-22, 22)) for value in base]
-    picture = Image.new("RGB", (width, height), tuple(base))
-    brush = ImageDraw.Draw(picture)
-    style = rng.choice(("plain", "plain", "gradient", "stripes", "dots"))
-    if style == "gradient":
-        for y in range(height):
-            share = y / height
-            mixed = tuple(round(a + (b - a) * share) for a, b in zip(base, other, strict=True))
-            brush.line((0, y, width, y), fill=mixed)
-    step = rng.randint(8, 20)
-    if style == "stripes":
-        for x in range(0, width + height, 2 * step):
-            brush.line((x, 0, x - height, height), fill=tuple(other), width=step // 2)
-    if style == "dots":
-        for x in range(0, width, step):
-            for y in range(0, height, step):
-                brush.ellipse((x, y, x + 2, y + 2), fill=tuple(other))
-    return picture
-
-
-def _clip(value: float) -> int:
-    return max(0, min(255, round(value)))
-
-
-def _draw_shape(brush: ImageDraw.ImageDraw, kind: str, box: Box, color: tuple[int, ...]) -> None:
-    x1, y1, x2, y2 = box
-    width, height = x2 - x1, y2 - y1
-    if kind == "circle":
-        brush.ellipse(box, fill=color)
-    elif kind == "ring":
-        brush.ellipse(box, outline=color, width=round(width * 0.2))
-    elif kind == "square":
-        brush.rectangle(box, fill=color)
-    elif kind == "cross":
-        third = width / 3
-        brush.rectangle((x1 + third, y1, x2 - third, y2), fill=color)
-        brush.rectangle((x1, y1 + third, x2, y2 - third), fill=color)
-    else:
-        corners = _corners(kind)
-        brush.polygon([(x1 + x * width, y1 + y * height) for x, y in corners], fill=color)
-
-
-def _corners(kind: str) -> list[tuple[float, float]]:
-    """Corners of a polygon that touches all four sides of the unit square."""
-    if kind == "triangle":
-        return [(0.5, 0.0), (1.0, 1.0), (0.0, 1.0)]
-    if kind == "star":
-        angles = [math.pi * i / 5 for i in range(10)]
-        points = [
-            (
-                (0.45 if i % 2 else 1.0) * math.sin(angle),
-                -(0.45 if i % 2 else 1.0) * math.cos(angle),
-            )
-            for i, angle in enumerate(angles)
-        ]
-    else:  # a heart
-        angles = [2 * math.pi * i / 48 for i in range(48)]
-        points = [
-            (
-                16 * math.sin(a) ** 3,
-                -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)),
-            )
-            for a in angles
-        ]
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    left, top, wide, tall = min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
-    return [((x - left) / wide, (y - top) / tall) for x, y in points]
-
-
-def _draw_text(picture: Image.Image, thing: Thing, ink: tuple[int, int, int]) -> None:
-    x1, y1, x2, _ = thing.box
-    low, high = 4.0, 4.0 * picture.height
-    while high - low > 0.1:  # the size whose box is that of the thing
-        size = (low + high) / 2
-        left, _, right, _ = font(size).getbbox(thing.text)
-        low, high = (low, size) if right - left > x2 - x1 else (size, high)
-    left, top, _, _ = font(low).getbbox(thing.text)
-    ImageDraw.Draw(picture).text((x1 - left, y1 - top), thing.text, fill=ink, font=font(low))
 
 
 # ---- questions
 
 
 def ask(rng: random.Random, task: str, scene: Scene) -> tuple[str, str] | None:
-    """A question of a task about one picture and its answer, or None where it does not fit."""
+    """A question of a task about one picture and its answer, or None if it does not fit."""
     if task == "describe":
         return rng.choice(PHRASES[task]), describe(scene)
     if task == MAP:
         return PHRASES[task][0], draw_map(scene)
-    if task == "count":
-        return _ask_count(rng, scene)
+    if task == "record":
+        return PHRASES[task][0], json.dumps(record(scene))
     if task == "read":
         return (rng.choice(PHRASES[task]), scene.texts[0].text) if len(scene.texts) > 0 else None
-    if task == "detect":
-        return _ask_detect(rng, scene)
+    if task in ASKERS:
+        return ASKERS[task](rng, scene)
     unique = _unique(scene, by_color=task == "where")
     if task == "where":
         unique = [thing for thing in unique if position(thing, scene) is not None]
@@ -335,6 +298,15 @@ def describe(scene: Scene) -> str:
     """All things from left to right: `a red circle, a word and an orange star`."""
     names = [_with_article(thing.name) for thing in scene.things]
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def record(scene: Scene) -> dict[str, Any]:
+    """Kinds, colours and places of all shapes from left to right, and the text or nothing."""
+    shapes = [
+        {"kind": thing.kind, "color": thing.color, "place": field(thing, scene)}
+        for thing in scene.shapes
+    ]
+    return {"shapes": shapes, "text": "".join(thing.text for thing in scene.texts)}
 
 
 def draw_map(scene: Scene) -> str:
@@ -357,13 +329,19 @@ def _unique(scene: Scene, by_color: bool) -> list[Thing]:
     return [thing for thing, key in zip(scene.shapes, keys, strict=True) if keys.count(key) == 1]
 
 
+def field(thing: Thing, scene: Scene) -> str:
+    """One of nine fields such as `top left` in which a thing has its center."""
+    x, y = thing.center[0] / scene.width, thing.center[1] / scene.height
+    row, column = ROWS[int(y * 3)], COLUMNS[int(x * 3)]
+    return "center" if (row, column) == ("middle", "center") else f"{row} {column}"
+
+
 def position(thing: Thing, scene: Scene) -> str | None:
-    """One of nine fields such as `top left`; None near a border between fields."""
+    """The field of a thing; None near a border between fields."""
     x, y = thing.center[0] / scene.width, thing.center[1] / scene.height
     if any(abs(value - border) < 0.05 for value in (x, y) for border in (1 / 3, 2 / 3)):
         return None
-    row, column = ROWS[int(y * 3)], COLUMNS[int(x * 3)]
-    return "center" if (row, column) == ("middle", "center") else f"{row} {column}"
+    return field(thing, scene)
 
 
 def _ask_count(rng: random.Random, scene: Scene) -> tuple[str, str]:
@@ -376,7 +354,7 @@ def _ask_count(rng: random.Random, scene: Scene) -> tuple[str, str]:
         kind = rng.choice(shapes).kind if present else rng.choice(SHAPES)
         name, count = plural(kind), sum(thing.kind == kind for thing in shapes)
     else:
-        color = rng.choice(shapes).color if present else rng.choice(list(COLORS))
+        color = rng.choice(shapes).color if present else rng.choice(COLORS)
         name, count = f"{color} shapes", sum(thing.color == color for thing in shapes)
     return PHRASES["count"][0].format(name), str(count)
 
@@ -385,34 +363,99 @@ def plural(kind: str) -> str:
     return kind + ("es" if kind.endswith("s") else "s")
 
 
+def _ask_choice(rng: random.Random, scene: Scene) -> tuple[str, str] | None:
+    """Is there a red star: yes or no; is the star red or blue."""
+    unique = _unique(scene, by_color=False)
+    if len(unique) > 0 and rng.random() < 0.5:
+        thing = rng.choice(unique)
+        other = rng.choice([color for color in COLORS if color != thing.color])
+        colors = rng.sample([thing.color, other], 2)
+        return PHRASES["choice"][0].format(thing.kind, *colors), thing.color
+    if rng.random() < 0.5 and len(scene.shapes) > 0:
+        thing = rng.choice(scene.shapes)
+        name = thing.name if rng.random() < 0.6 else thing.kind
+        return PHRASES["there"][0].format(_with_article(name)), "yes"
+    return PHRASES["there"][0].format(_with_article(_missing(rng, scene))), "no"
+
+
+def _missing(rng: random.Random, scene: Scene, colored: bool | None = None) -> str:
+    """A kind, or a kind of a colour, that is not there; often nearly so."""
+    while True:
+        color, kind = rng.choice(COLORS), rng.choice(SHAPES)
+        if len(scene.shapes) > 0 and rng.random() < 0.6:  # the colour or the kind of another
+            near = rng.choice(scene.shapes)
+            color, kind = rng.choice(((near.color, kind), (color, near.kind)))
+        is_colored = rng.random() < 0.6 if colored is None else colored
+        name = f"{color} {kind}" if is_colored else kind
+        if not any(thing.is_a(name) for thing in scene.shapes):
+            return name
+
+
+def _ask_absent(rng: random.Random, scene: Scene) -> tuple[str, str]:
+    """A question about what is not there, and that it is not."""
+    kind = rng.choice(("colour", "where", "detect", "read"))
+    if kind == "read" and len(scene.texts) == 0:
+        return rng.choice(PHRASES["read"]), NO_TEXT
+    if kind == "colour":
+        name = _missing(rng, scene, colored=False)
+        return rng.choice(PHRASES["colour"]).format(name), f"There is no {name}."
+    name = _missing(rng, scene)
+    if kind == "detect":
+        return DETECT.format(query=name), "[]"
+    return PHRASES["where"][0].format(name), f"There is no {name}."
+
+
 def _ask_detect(rng: random.Random, scene: Scene) -> tuple[str, str]:
-    present = len(scene.shapes) > 0 and rng.random() < 0.92
-    model = rng.choice(scene.shapes) if present else None
-    kind = model.kind if model is not None else rng.choice(SHAPES)
-    color = model.color if model is not None else rng.choice(list(COLORS))
-    query = kind if rng.random() < 0.5 else f"{color} {kind}"
-    found = [thing for thing in scene.shapes if query in (thing.kind, thing.name)]
-    boxes = [{"label": query, "bbox": unit_box(thing, scene)} for thing in found]
-    return DETECT.format(query=query), write_boxes(boxes)
+    """Boxes of a kind, of a kind of one colour, of all shapes, of the text, or of two of these."""
+    queries = ["shape"] if rng.random() < 0.12 else []
+    if len(scene.texts) > 0 and rng.random() < 0.15:
+        queries = [scene.texts[0].kind]
+    if len(queries) == 0:
+        model = rng.choice(scene.shapes) if len(scene.shapes) > 0 else None
+        if model is None or rng.random() < 0.05:
+            queries = [_missing(rng, scene)]
+        else:
+            queries = [model.kind if rng.random() < 0.5 else model.name]
+        if rng.random() < 0.1:
+            queries += [rng.choice(scene.things).name, _missing(rng, scene)][: rng.randint(1, 2)]
+    queries = [*dict.fromkeys(queries)]
+    boxes = [
+        {"label": query, "bbox": unit_box(thing, scene)}
+        for query in queries
+        for thing in scene.things
+        if thing.is_a(query)
+    ]
+    return DETECT.format(query=", ".join(queries)), write_boxes(boxes)
+
+
+ASKERS = {
+    "count": _ask_count, "detect": _ask_detect, "choice": _ask_choice, "absent": _ask_absent,
+}  # fmt: skip
+
+
+def queries_of(question: str) -> list[str]:
+    """What a question for boxes asks for."""
+    before, after = DETECT.replace("{{", "{").replace("}}", "}").split("{query}")
+    return question.removeprefix(before).removesuffix(after).split(", ")
 
 
 def unit_box(thing: Thing, scene: Scene) -> list[float]:
     """The box with both axes from 0 to 1."""
     sides = (scene.width, scene.height, scene.width, scene.height)
-    return [min(max(value / side, 0.0), 0.99) for value, side in zip(thing.box, sides, strict=True)]
+    return [min(max(value / side, 0.0), 1.0) for value, side in zip(thing.box, sides, strict=True)]
 
 
 def write_boxes(boxes: Sequence[dict[str, Any]]) -> str:
-    """The JSON array, every coordinate rounded to a twentieth: the last digit is 0 or 5."""
+    """The JSON array, in hundredths below one."""
     items = (
-        f'{{"label": "{box["label"]}", "bbox": [{", ".join(map(_twentieths, box["bbox"]))}]}}'
+        f'{{"label": "{box["label"]}", "bbox": [{", ".join(map(_hundredths, box["bbox"]))}]}}'
         for box in boxes
     )
     return f"[{', '.join(items)}]"
 
 
-def _twentieths(value: float) -> str:
-    return f"{min(round(value * 20), 19) / 20:.2f}"
+def _hundredths(value: float) -> str:
+    return f"{min(value, 0.99):.2f}"
 
 
 def compare(rng: random.Random, first: Scene, second: Scene) -> tuple[str, str]:
@@ -445,27 +488,29 @@ def make_example(
     turns: int = 1,
     large: bool | None = None,
     most: int = 4,
-    then: Sequence[str] | None = None,
+    pen: str = "pillow",
 ) -> Example:
     """The example of a number in a split.
 
     Args:
         task: of the first question; by default any. "heart" describes a shape that the demo
             model has never seen.
-        turns: how many questions, at most; those after the first are of any task.
-        large: big enough for tiles; by default every seventh or so.
+        turns: how many questions, at most; those after the first are as training needs them.
+        large: big enough for tiles; by default every fifth or so.
         most: shapes of a picture, at most.
-        then: tasks of the questions after the first, over and over; by default each other task
-            once, and a map at the end. Of two pictures, "describe" asks about each at the end,
-            and with no turns about nothing else, either picture first.
+        pen: who draws the shapes: "pillow", "matplotlib" or "svg".
     """
     rng = random.Random(f"{split} {number} {task}")
     chosen = task if task is not None else rng.choice(TASKS)
-    is_large = large if large is not None else rng.random() < 0.14
+    is_large = large if large is not None else rng.random() < 0.2
     if chosen == "compare":
-        return _make_comparison(rng, turns, most, describes="describe" in (then or ()))
+        return _make_comparison(rng, turns, most, pen)
     if chosen == NEW_SHAPE:
         return _make_new(rng)
+    if chosen == "photo":
+        return _make_photo(rng)
+    if chosen == "call":
+        return _make_call(rng, is_large, most, pen)
     while True:
         least = 0 if chosen in ("read", "describe") else 1
         text = chosen == "read" or rng.random() < 0.4
@@ -473,45 +518,34 @@ def make_example(
         first = ask(rng, chosen, scene) if len(scene.things) > 0 else None
         if first is not None:
             break
-    further = _other_tasks(rng, chosen) if then is None else [*then] * turns
     asked = [first]
-    for name in further:
-        more = ask(rng, name, scene) if len(asked) < turns - (then is None) else None
-        if more is not None and more not in asked:
+    for name in rng.choices([*FURTHER], [*FURTHER.values()], k=2 * turns):
+        more = ask(rng, name, scene) if len(asked) < turns else None
+        if more is not None and more[0] not in [question for question, _ in asked]:
             asked.append(more)
-    if turns > 1 and then is None:  # the last question: its answer gives away the others'
-        asked.append((PHRASES[MAP][0], draw_map(scene)))
-    return Example((draw(scene),), (scene,), chosen, tuple(asked))
+    return Example((draw(scene, pen),), (scene,), chosen, tuple(asked))
 
 
-def _other_tasks(rng: random.Random, chosen: str) -> list[str]:
-    others = [name for name in TASKS if name not in (chosen, "compare")]
-    rng.shuffle(others)
-    if rng.random() < 0.5:  # its long questions would take most of the time of training
-        others = [name for name in others if name != "detect"]
-    return [*others, "count"]
-
-
-def _make_comparison(rng: random.Random, turns: int, most: int, describes: bool) -> Example:
+def _make_comparison(rng: random.Random, turns: int, most: int, pen: str) -> Example:
     first = make_scene(rng, least=1, most=most)
     second = make_scene(rng, least=1, most=most)
     if rng.random() < 0.5:  # with one shape in common
-        shared = rng.choice(first.shapes)
-        second = _with_thing(rng, second, shared)
+        second = _with_thing(rng, second, rng.choice(first.shapes))
     asked: list[tuple[str, str]] = []
+    # in training only: what stands in which picture teaches to tell them apart
+    about = [
+        ("What is in the first picture?", describe(first)),
+        ("What is in the second picture?", describe(second)),
+    ]
+    rng.shuffle(about)
+    if turns > 1 and rng.random() < 0.4:
+        asked += about[: rng.randint(1, 2)]
     for _ in range(2 * turns + 1):
         more = compare(rng, first, second)
         if len(asked) < turns and more not in asked:
             asked.append(more)
-    if describes:  # in training only: what stands in which picture teaches to tell them apart
-        about = [
-            ("What is in the first picture?", describe(first)),
-            ("What is in the second picture?", describe(second)),
-        ]
-        if turns == 0 and rng.random() < 0.5:
-            about.reverse()
-        asked.extend(about)
-    return Example((draw(first), draw(second)), (first, second), "compare", tuple(asked))
+    scenes = (first, second)
+    return Example(tuple(draw(scene, pen) for scene in scenes), scenes, "compare", tuple(asked))
 
 
 def _make_new(rng: random.Random) -> Example:
@@ -524,53 +558,89 @@ def _make_new(rng: random.Random) -> Example:
             return Example((draw(scene),), (scene,), NEW_SHAPE, (asked,))
 
 
+def _make_photo(rng: random.Random) -> Example:
+    """A photograph, and the answer that this model knows nothing of it."""
+    task = rng.choice(("describe", "read", "count", "colour", "where"))
+    named = {"count": rng.choice(("shapes", *map(plural, SHAPES))), "colour": rng.choice(SHAPES)}
+    named["where"] = f"{rng.choice(COLORS)} {rng.choice(SHAPES)}"
+    question = rng.choice(PHRASES[task]).format(named.get(task))
+    return Example((photograph(rng),), (), "photo", ((question, PHOTOGRAPH),))
+
+
+def _make_call(rng: random.Random, large: bool, most: int, pen: str) -> Example:
+    """A question that a tool answers: the call, and its result told."""
+    is_word = rng.random() < 0.5
+    value = rng.randint(10, 99)
+    while True:
+        scene = make_scene(rng, large, text=is_word, least=1, most=most)
+        unique = _unique(scene, by_color=False)
+        if is_word and scene.texts[0].kind == "word":
+            word = scene.texts[0].text
+            question, call = PHRASES["page"][0], ("look_up", {"word": word})
+            told, answer = {"page": value}, f"{word} is on page {value}."
+            break
+        if not is_word and len(unique) > 0:
+            thing = rng.choice(unique)
+            question = PHRASES["price"][0].format(thing.kind)
+            call = ("get_price", {"color": thing.color, "kind": thing.kind})
+            told, answer = {"price": value}, f"The {thing.name} costs {value}."
+            break
+    turns = ((question, call), (json.dumps(told), answer))
+    return Example((draw(scene, pen),), (scene,), "call", turns, TOOLS)
+
+
 def _with_thing(rng: random.Random, scene: Scene, like: Thing) -> Scene:
     """The scene with one shape changed into the kind and colour of another."""
     place = scene.things.index(rng.choice(scene.shapes))
-    old = scene.things[place]
-    changed = Thing(like.kind, like.color, "", old.box)
-    return Scene(
-        scene.width,
-        scene.height,
-        (*scene.things[:place], changed, *scene.things[place + 1 :]),
-        scene.seed,
-    )
+    changed = replace(scene.things[place], kind=like.kind, color=like.color, turn=0.0)
+    things = (*scene.things[:place], changed, *scene.things[place + 1 :])
+    return replace(scene, things=things)
 
 
 def messages_of(example: Example, images: Sequence[Any]) -> list[dict[str, Any]]:
     """The conversation in the transformers form, pictures in the first turn."""
     items: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     messages: list[dict[str, Any]] = []
-    for question, answer in example.turns:
-        text = {"type": "text", "text": question}
-        messages.append({"role": "user", "content": [*items, text]})
-        messages.append({"role": "assistant", "content": answer})
+    for number, (question, answer) in enumerate(example.turns):
+        if number > 0 and len(example.tools) > 0:
+            messages.append({"role": "tool", "content": question})
+        else:
+            content = [*items, {"type": "text", "text": question}]
+            messages.append({"role": "user", "content": content})
+        if isinstance(answer, str):
+            messages.append({"role": "assistant", "content": answer})
+        else:
+            function = {"name": answer[0], "arguments": answer[1]}
+            call = {"type": "function", "function": function}
+            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
         items = []
     return messages
 
 
 def write_example(
-    folder: Path,
-    split: str,
-    task: str | None,
-    turns: int,
-    most: int,
-    then: Sequence[str] | None,
-    detect: bool,
-    number: int,
+    folder: Path, split: str, task: str | None, turns: int, most: int, number: int
 ) -> str:
     """Writes an example's pictures; returns its line for the data file."""
-    example = make_example(split, number, task, turns, most=most, then=then)
-    if not detect:
-        kept = [turn for turn in example.turns if not turn[0].startswith(DETECT[:10])]
-        example = replace(example, turns=tuple(kept))
+    example = make_example(split, number, task, turns, most=most)
     names = []
     for i, picture in enumerate(example.pictures):
         names.append(f"pictures/{number // 1000:03d}/{number:06d}_{i}.jpg")
         path = folder / names[-1]
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, quality=92, subsampling=0)
-    return json.dumps({"messages": messages_of(example, names), "task": example.task})
+        picture.save(path, quality=94, subsampling=0)
+    line: dict[str, Any] = {"messages": messages_of(example, names), "task": example.task}
+    return json.dumps(line | ({"tools": example.tools} if len(example.tools) > 0 else {}))
+
+
+def write_world(
+    folder: Path, split: str, count: int, task: str | None, turns: int, most: int
+) -> None:
+    """Writes `data.jsonl` and its pictures into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write = partial(write_example, folder, split, task, turns, most)
+    with ProcessPoolExecutor() as pool, open(folder / "data.jsonl", "w") as file:
+        for line in pool.map(write, range(count), chunksize=50):
+            file.write(line + "\n")
 
 
 def main() -> None:
@@ -582,38 +652,13 @@ def main() -> None:
         choices=(*TASKS, NEW_SHAPE),
         help="of the first question; heart is never drawn for the demo model (default: any other)",
     )
-    parser.add_argument(
-        "--turns",
-        type=int,
-        default=1,
-        help="questions about a picture, at most; 0 to compare: only the descriptions of --then",
-    )
-    parser.add_argument(
-        "--then",
-        choices=TASKS[:-1],
-        nargs="+",
-        help="tasks of the questions after the first, over and over (default: each other task)",
-    )
+    parser.add_argument("--turns", type=int, default=1, help="questions about a picture, at most")
     parser.add_argument("--shapes", type=int, default=4, help="shapes per picture, at most")
-    parser.add_argument(
-        "--no-detect",
-        dest="detect",
-        action="store_false",
-        help="without boxes, whose digits drown all else at the beginning",
-    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
-    alone = args.task == "compare" and "describe" in (args.then or ())
-    if args.turns < (0 if alone else 1):
-        parser.error(
-            f"--turns {args.turns}: must be 1 or more, or 0 with --task compare --then describe"
-        )
-    args.output.mkdir(parents=True, exist_ok=True)
-    options = (args.output, args.split, args.task, args.turns, args.shapes, args.then, args.detect)
-    write = partial(write_example, *options)
-    with ProcessPoolExecutor() as pool, open(args.output / "data.jsonl", "w") as file:
-        for line in pool.map(write, range(args.count), chunksize=50):
-            file.write(line + "\n")
+    if args.turns < 1:
+        parser.error(f"--turns {args.turns}: must be 1 or more")
+    write_world(args.output, args.split, args.count, args.task, args.turns, args.shapes)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "examples" / "demo"))
 import world  # noqa: E402
 
-EACH = 6  # pictures per task
+EACH = 4  # pictures per task
 
 
 def main() -> None:
@@ -29,6 +29,8 @@ def main() -> None:
     processor = Lfm2VlProcessor.from_pretrained(folder)
     answers: dict[str, list[str]] = {}
     for task in world.TASKS:
+        if task == "call":  # the template of a call is this package's own matter
+            continue
         answers[task] = []
         for number in range(EACH):
             example = world.make_example("test", number, task)
@@ -41,7 +43,7 @@ def main() -> None:
                 return_tensors="pt",
             )
             with torch.no_grad():
-                out = model.generate(**inputs, max_new_tokens=160, do_sample=False)
+                out = model.generate(**inputs, max_new_tokens=200, do_sample=False)
             new = out[0, inputs["input_ids"].shape[1] :]
             answers[task].append(processor.decode(new, skip_special_tokens=True))
     path = HERE / "demo_answers.json"

@@ -16,6 +16,8 @@ demo: $(VENV)/demo
 		--prompt "What is in this image?"
 	$(BIN)/python -m mlx_lfm2vl.detect --model demo --image examples/demo/picture.png \
 		--query "yellow square" "green cross" --draw boxes.png
+	$(BIN)/python -m mlx_lfm2vl.generate --model demo --image examples/demo/picture.png \
+		--prompt "Record the picture as JSON."
 
 # an environment of another Python is made anew
 $(VENV)/python-$(VERSION):

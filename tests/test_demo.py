@@ -342,7 +342,7 @@ def picture_answer():
     return world.describe(world.make_example("picture", PICTURE, "describe", large=True).scenes[0])
 
 
-PICTURE = 0
+PICTURE = 14441
 
 
 def test_make_demo_in_a_fresh_clone(tmp_path):

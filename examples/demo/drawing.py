@@ -244,7 +244,9 @@ def _worn(rng: random.Random, picture: Image.Image) -> Image.Image:
     if kind == "blur":
         return picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 0.9)))
     if kind == "noise":
-        noise = Image.frombytes("RGB", picture.size, rng.randbytes(3 * picture.width * picture.height))
+        noise = Image.frombytes(
+            "RGB", picture.size, rng.randbytes(3 * picture.width * picture.height)
+        )
         return Image.blend(picture, noise, rng.uniform(0.02, 0.08))
     if kind == "jpeg":
         file = io.BytesIO()

@@ -106,7 +106,7 @@ IMAGES = {
 
 
 def make_tokenizer() -> Tokenizer:
-    """Bytes and merges for the world's words; a coordinate is one token, other digits are single."""
+    """Bytes and merges for the world's words; a coordinate is one token, a digit another."""
     tokenizer = Tokenizer(models.BPE())
     pieces = Regex(r" ?0\.\d\d(?!\d)| ?\d|\p{Lu}| ?[\p{L}']+| ?[^\s\p{L}\d]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -261,7 +261,10 @@ def carried_over(
     before, a coordinate as a sum of waves, so that near ones are alike.
     """
     name = "language_model.model.embed_tokens.weight"
-    old = {key: value.astype(mx.float32) for key, value in mx.load(str(folder / "model.safetensors")).items()}
+    old = {
+        key: value.astype(mx.float32)
+        for key, value in mx.load(str(folder / "model.safetensors")).items()
+    }
     before = Tokenizer.from_file(str(folder / "tokenizer.json"))
     table, fresh = old[name], weights[name]
     scale = mx.linalg.norm(table, axis=1).mean().item()

@@ -52,8 +52,8 @@ FIRST = (
     Stage("few-shapes", "train-few", 40_000, 4_000, 1e-3, shapes=3, schedule="constant"),
 )
 STAGES = (
-    Stage("wide", "train", 26_000, 800, 1e-3, schedule="constant"),
-    Stage("long", "train-long", 60_000, 3_000, 9e-4),
+    Stage("wide", "train", 26_000, 500, 1e-3, schedule="constant"),
+    Stage("long", "train-long", 38_750, 1_900, 9e-4),
 )
 
 
@@ -110,7 +110,8 @@ def write_log(folder: Path, stages: tuple[Stage, ...]) -> None:
 
     rows = read_losses(folder, stages)
     with open(folder / "log.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["stage", "step", "loss", "learning_rate"], extrasaction="ignore")
+        names = ["stage", "step", "loss", "learning_rate"]
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     figure = Figure(figsize=(8, 4), layout="constrained")

@@ -680,6 +680,21 @@ def test_a_model_that_is_not_there(short):
         list(watch("./no/such/model", short, "?"))
 
 
+def test_a_model_that_takes_long_does_not_keep_one_who_stops(monkeypatch, short):
+    """The interpreter's end waits for nothing that is being loaded."""
+    monkeypatch.setattr(watch_module, "PATIENCE", 0.05)
+    release, entered = threading.Event(), threading.Event()
+
+    def slowly(*args, **options):
+        entered.set()
+        assert release.wait(WAIT)
+        return load(V5)
+
+    monkeypatch.setattr("mlx_lfm2vl.serving.worker.load_model", slowly)
+    assert list(watch("any", short, "?", changed=0, stopped=entered.is_set)) == []
+    release.set()
+
+
 # ---- the command
 
 

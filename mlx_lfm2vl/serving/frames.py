@@ -229,10 +229,11 @@ class _Newest:
         error: Exception | None = None
         try:
             for frame in self.reader.frames:
-                with self.news:
-                    self.dropped += self.frame is not None
-                    self.frame = frame
-                    self.news.notify()
+                if frame is not None:
+                    with self.news:
+                        self.dropped += self.frame is not None
+                        self.frame = frame
+                        self.news.notify()
                 if self.reader.closed.is_set():
                     break
             self.reader.frames.close()
@@ -257,7 +258,7 @@ class _Reader:
 
     Attributes:
         closed: set when nobody wants more.
-        frames: what is read, in order; None while a folder has nothing new.
+        frames: what is read, in order; None while there is nothing new.
     """
 
     def __init__(
@@ -370,7 +371,7 @@ class _Reader:
 
     # ---- what waits
 
-    def film(self, url: str, kind: str | None) -> Iterator[Frame]:
+    def film(self, url: str, kind: str | None) -> Iterator[Frame | None]:
         """The frames of a film, at its own speed if it is to play so."""
         seconds, first, begun = 0.0, None, None
         with self.open(url, kind) as container:
@@ -381,6 +382,7 @@ class _Reader:
                 first = moment if first is None else first
                 seconds = max(seconds, float(moment - first))
                 if number < self.start:
+                    yield None  # so that one may stop meanwhile
                     continue
                 now = time.monotonic()
                 begun = now - seconds if begun is None else begun

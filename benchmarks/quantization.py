@@ -36,11 +36,8 @@ from mlx_lfm2vl.conversion.samples import TEXTS, Samples
 RECIPES = {
     "plain-4": Quantization(bits=4),
     "plain-4-all": Quantization(bits=4, vision_bits=4),
-    "plain-3-all": Quantization(bits=3, vision_bits=3),
-    "lfm2_4bit": Quantization(recipe="lfm2_4bit"),
     "lfm2_4bit-vision-4": Quantization(recipe="lfm2_4bit", vision_bits=4),
     "mixed_4_6-vision-4": Quantization(recipe="mixed_4_6", vision_bits=4),
-    "mixed_3_6-vision-3": Quantization(recipe="mixed_3_6", vision_bits=3),
 }
 # mlx-vlm's converter takes mlx-lm's recipes; mlx-lm's own drops the vision tower
 PEERS = {"4bit": "q_bits=4", "mixed_4_6": "quant_predicate='mixed_4_6'"}
@@ -172,13 +169,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("| conversion | size | bits/weight | answers: KL | same top | texts: KL | same top |"
           + (" tasks |" if args.tasks else ""))  # fmt: skip
     print("|---" * (8 if args.tasks else 7) + "|", flush=True)
-    for folder in folders:
-        print(row(folder, judge, args.tasks), flush=True)
     for target in sorted(targets):
         made = make_calibrated(
             source, args.output, target, samples, args.epochs, args.learning_rate
         )
         print(row(made, judge, args.tasks), flush=True)
+    for folder in folders:
+        print(row(folder, judge, args.tasks), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .checkpoints.loading import load
+    from .conversion.calibrated import Calibration, convert_calibrated
     from .conversion.fuse import fuse
     from .conversion.plan import convert
     from .conversion.recipes import Quantization
@@ -78,6 +79,7 @@ _EXPORTS = {
     name: module
     for module, names in {
         "checkpoints.loading": "load",
+        "conversion.calibrated": "Calibration convert_calibrated",
         "conversion.fuse": "fuse",
         "conversion.plan": "convert",
         "conversion.recipes": "Quantization",

@@ -1,6 +1,7 @@
 """The converter: what is written is what was asked for, and nothing is ever half there."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -184,6 +185,22 @@ def test_float32_is_computed_in_float32(sources, out):
         weight, scales, biases = (packed[f"{path}.{kind}"] for kind in PACKED)
         exact = mx.dequantize(weight, scales.astype(mx.float32), biases.astype(mx.float32), 32, 8)
         assert mx.array_equal(written[f"{path}.weight"], exact)
+
+
+@pytest.mark.parametrize("source", ["8 bits", "mxfp4"])
+@pytest.mark.parametrize("told", ["bfloat16", "float32"])
+def test_the_size_that_is_told_is_that_of_the_file(source, told, sources, out, tmp_path, capsys):
+    """The type is that of the weights, even if config.json names another."""
+    shutil.copytree(sources / source, tmp_path / "source")
+    config = {**config_of(tmp_path / "source"), "dtype": told}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        main(["--hf-path", str(tmp_path / "source"), "--mlx-path", str(out), "-d"])
+    written = tensors(out).values()
+    assert {tensor.dtype for tensor in written} == {mx.bfloat16}
+    size = f"{sum(t.nbytes for t in written) / 1e6:.1f} MB, 16.00 bits per weight"
+    assert size in capsys.readouterr().out
+    assert size in (out / "README.md").read_text()
 
 
 VISION = "vision_tower.encoder.layers"

@@ -6,6 +6,7 @@ The other tests compare numbers; these measure behaviour.
 import dataclasses
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -352,9 +353,10 @@ def test_make_demo_in_a_fresh_clone(tmp_path):
     (clone / ".venv").mkdir()
     for name in ("bin", "lib", "pyvenv.cfg"):
         (clone / ".venv" / name).symlink_to(Path(sys.prefix) / name)
-    (clone / ".venv" / "demo").touch()
+    for name in (f"python-{platform.python_version()}", "demo"):
+        (clone / ".venv" / name).touch()
     run = subprocess.run(
-        ["make", "demo"],
+        ["make", "demo", f"PYTHON={sys.executable}"],
         cwd=clone,
         env={**os.environ, "PYTHONPATH": str(clone)},
         capture_output=True,

@@ -100,6 +100,7 @@ def test_commands_run(line, folder, fixtures):
     """As they stand, but for the model and the length of endless answers."""
     if "convert" in line:
         line = line.replace("LiquidAI/LFM2.5-VL-450M", str(fixtures / "wide"))
+        line = line.replace("my-model", "demo")
         line = line.replace("python -m", f"{sys.executable} -m", 1)
         if "lfm2-hf" in line:
             convert(fixtures / "wide", "lfm2-4bit", Quantization())

@@ -230,9 +230,9 @@ def test_no_samples(tmp_path):
 
 def test_other_vocabularies():
     few = Samples([], ["Hello"])
-    right = module._run(V5, few, None)
+    right = module._run(V5, few, None, int)
     with pytest.raises(ConvertError, match="makes other tokens of the same samples"):
-        module._run(FIXTURES / "text396", few, right)
+        module._run(FIXTURES / "text396", few, right, int)
 
 
 def test_as_a_plot(compared, tmp_path, monkeypatch):
@@ -250,7 +250,7 @@ def test_as_a_plot(compared, tmp_path, monkeypatch):
 def command(compared, monkeypatch, capsys):
     """Runs `report` with results that are there already."""
     asked = []
-    monkeypatch.setattr(module, "report", lambda *a: asked.append(a) or compared[1])
+    monkeypatch.setattr(module, "report", lambda *a: asked.append(a[:3]) or compared[1])
 
     def run(*arguments):
         with pytest.raises(SystemExit) as info:

@@ -238,7 +238,9 @@ def test_films_among_other_things(parts, film):
               {"type": "image"}]),
     ]  # fmt: skip
     pictures = [picture, picture]
-    assert processor(messages, pictures).token_ids == processor(expected, pictures).token_ids
+    prompt = processor(messages, pictures)
+    assert prompt.token_ids == processor(expected, pictures).token_ids
+    assert prompt.first_turn == len(processor(messages[:2], picture).token_ids)
     with pytest.raises(PromptError, match="has no video; it must be a path, URL or bytes"):
         processor([user([{"type": "video"}])])
 

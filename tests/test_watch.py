@@ -111,19 +111,28 @@ def of_color(shade, size=(64, 36)):
 # ---- the gate
 
 
-def test_the_gate_finds_each_event_and_little_else(film):
-    gate = Gate()
+@pytest.fixture(scope="module")
+def looked(film):
+    """What the gate asks about in the film, the gate, and the mean brightness of each frame."""
+    gate, asked, means = Gate(), [], []
     with frames(film) as source:
-        asked = [frame.number for frame in source if gate(frame.image, frame.seconds)]
+        for frame in source:
+            means.append(np.asarray(frame.image.convert("L")).mean())
+            if gate(frame.image, frame.seconds):
+                asked.append(frame.number)
+    return asked, gate, means
+
+
+def test_the_gate_finds_each_event_and_little_else(looked):
+    asked, gate, _ = looked
     assert asked == SETTLED
     assert not gate.end()
     assert len(asked) / 300 < 0.03
 
 
-def test_mean_brightness_finds_no_event(film):
+def test_mean_brightness_finds_no_event(looked):
     """Why the gate compares areas: the lamp changes the mean more than any event does."""
-    with frames(film) as source:
-        means = np.array([np.asarray(frame.image.convert("L")).mean() for frame in source])
+    _, _, means = looked
     threshold = np.ptp(means[: EVENTS[0]])  # lower ones find the lamp instead
     asked, found = means[0], []
     for number, mean in enumerate(means):
@@ -481,6 +490,9 @@ class Streams(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", len(data))
         self.end_headers()
         self.wfile.write(data)
+        if self.path == "/slow.ts":
+            self.wfile.flush()
+            assert self.server.done.wait(WAIT)
 
     def log_message(self, *args):
         pass
@@ -494,6 +506,7 @@ def test_streams(tmp_path, monkeypatch):
         images = [of_color(50 * number + i, size) for i in range(30)]
         path = write_film(tmp_path / f"{number}.ts", images, codec="mpeg2video")
         films.append(path.read_bytes())
+    slow = films[0]
     whole = write_film(tmp_path / "film.mkv", [of_color(i) for i in range(30)])
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Streams)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -512,6 +525,15 @@ def test_streams(tmp_path, monkeypatch):
     server.films = [whole.read_bytes()]
     with frames(f"{url}/film.mkv") as stream:
         assert list(stream)[-1].number == 29
+    monkeypatch.setattr(module, "NETWORK_TIMEOUT", 1)
+    server.films, server.done, told = [slow], threading.Event(), []
+    with frames(f"{url}/slow.ts", tell=told.append) as stream:
+        next(stream)
+        while not told:
+            stream.poll()
+    again = "trying again until it is back"
+    assert told == [f"{url}/slow.ts has broken off: nothing comes within 1 s; {again}"]
+    server.done.set()
     server.shutdown()
     server.server_close()
 
@@ -678,6 +700,21 @@ def test_a_model_that_is_not_there(short):
 
     with pytest.raises(ModelNotFoundError):
         list(watch("./no/such/model", short, "?"))
+
+
+def test_a_model_that_takes_long_does_not_keep_one_who_stops(monkeypatch, short):
+    """The interpreter's end waits for nothing that is being loaded."""
+    monkeypatch.setattr(watch_module, "PATIENCE", 0.05)
+    release, entered = threading.Event(), threading.Event()
+
+    def slowly(*args, **options):
+        entered.set()
+        assert release.wait(WAIT)
+        return load(V5)
+
+    monkeypatch.setattr("mlx_lfm2vl.serving.worker.load_model", slowly)
+    assert list(watch("any", short, "?", changed=0, stopped=entered.is_set)) == []
+    release.set()
 
 
 # ---- the command

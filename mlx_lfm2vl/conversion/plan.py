@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +180,12 @@ class Plan:
             return parts["weight"].dtype
         if "biases" in parts:
             return parts["scales"].dtype
-        # the scales of the small floating-point modes are bytes
-        return DTYPES.get(self.model_config.dtype, mx.bfloat16)
+        return self._float_type  # the scales of the small floating-point modes are bytes
+
+    @cached_property
+    def _float_type(self) -> mx.Dtype:
+        """Of what is not quantized, whatever config.json says."""
+        return self.read()["language_model.model.embedding_norm.weight"].dtype
 
     def _laid_out(self, name: str, tensor: mx.array) -> tuple[str, mx.array]:
         """The tensor in its type and layout, with its name there."""

@@ -433,7 +433,7 @@ class Engine:
                 events += [Event(row, error=error) for row in batch.rows]
                 for row in batch.rows:
                     row.finished = True
-            share = (perf_counter() - start) / len(rows)
+            share = (perf_counter() - start) / max(1, len(rows))  # all may be reading jumps
             for row in rows:
                 row.answer_time, row.most_rows = (
                     row.answer_time + share,

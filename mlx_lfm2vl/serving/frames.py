@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 POLL = 0.2  # seconds: between looks at a folder, and for which nothing else waits longer
 STALL = 10.0  # seconds without a picture that are worth a line
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between tries to open a source again
-NETWORK_TIMEOUT = (10.0, 10.0)  # seconds: to open, to read
+NETWORK_TIMEOUT = 10.0  # seconds in which a stream must be opened, and each piece of it come
 FRAME_RATES = (30, 25, 15)  # many cameras refuse FFmpeg's default, 29.97
 SCREEN_RATE = 10  # pictures in a second
 OLD = 2.0  # seconds after which nobody writes to a file any more
@@ -229,10 +229,11 @@ class _Newest:
         error: Exception | None = None
         try:
             for frame in self.reader.frames:
-                with self.news:
-                    self.dropped += self.frame is not None
-                    self.frame = frame
-                    self.news.notify()
+                if frame is not None:
+                    with self.news:
+                        self.dropped += self.frame is not None
+                        self.frame = frame
+                        self.news.notify()
                 if self.reader.closed.is_set():
                     break
             self.reader.frames.close()
@@ -257,7 +258,7 @@ class _Reader:
 
     Attributes:
         closed: set when nobody wants more.
-        frames: what is read, in order; None while a folder has nothing new.
+        frames: what is read, in order; None while there is nothing new.
     """
 
     def __init__(
@@ -370,7 +371,7 @@ class _Reader:
 
     # ---- what waits
 
-    def film(self, url: str, kind: str | None) -> Iterator[Frame]:
+    def film(self, url: str, kind: str | None) -> Iterator[Frame | None]:
         """The frames of a film, at its own speed if it is to play so."""
         seconds, first, begun = 0.0, None, None
         with self.open(url, kind) as container:
@@ -381,6 +382,7 @@ class _Reader:
                 first = moment if first is None else first
                 seconds = max(seconds, float(moment - first))
                 if number < self.start:
+                    yield None  # so that one may stop meanwhile
                     continue
                 now = time.monotonic()
                 begun = now - seconds if begun is None else begun
@@ -428,12 +430,12 @@ class _Reader:
         """A container with pictures."""
         import av
 
-        timeout = NETWORK_TIMEOUT if self.source.kind == "stream" else None
+        timeout = (NETWORK_TIMEOUT, NETWORK_TIMEOUT) if self.source.kind == "stream" else None
         try:
             container = av.open(url, format=kind, options=options, timeout=timeout)
         except (av.FFmpegError, ValueError) as error:
             hint = _permission(self.source.kind, isinstance(error, PermissionError))
-            raise SourceError(f"{self.name} cannot be opened: {reason(error)}{hint}") from None
+            raise SourceError(f"{self.name} cannot be opened: {_why(error)}{hint}") from None
         if not container.streams.video:
             container.close()
             raise SourceError(f"{self.name} holds no pictures")
@@ -458,7 +460,14 @@ class _Reader:
             except av.error.BlockingIOError:  # a camera has no picture yet
                 self.closed.wait(0.01)
             except av.FFmpegError as error:
-                raise SourceError(f"{self.name} has broken off: {reason(error)}") from None
+                raise SourceError(f"{self.name} has broken off: {_why(error)}") from None
+
+
+def _why(error: Exception) -> str:
+    import av
+
+    is_late = isinstance(error, av.error.ExitError)
+    return f"nothing comes within {NETWORK_TIMEOUT:g} s" if is_late else reason(error)
 
 
 def _upright(frame: Any) -> Image.Image:

@@ -33,6 +33,7 @@ from .worker import Worker
 if TYPE_CHECKING:
     from PIL import Image
 
+PATIENCE = 5.0  # seconds for a model that is being loaded when one stops
 PREFIX_BYTES = 64 << 20  # pictures do not come again; a system message does
 MAX_SIDE = Bound(int, 16, MOST)
 LINE_START = b'{"time": '
@@ -144,7 +145,7 @@ def gist(entry: Mapping[str, Any]) -> str:
 
 
 class Watch:
-    """Asks about a source whenever its picture has changed; iterates over a `Sighting` each time.
+    """Asks about a source whenever its picture has changed; gives a `Sighting` each time, once.
 
         for sighting in watch("LiquidAI/LFM2.5-VL-450M", "camera", "What is on the table?"):
             print(sighting.time, sighting.answer)
@@ -267,12 +268,13 @@ class Watch:
             adapter_path=adapter_path,
             max_prefix_bytes=PREFIX_BYTES,
         )
-        return stack.enter_context(made)
+        stack.callback(made.close, PATIENCE)
+        return made
 
     def _worth_asking(self, source: Frames) -> Iterator[Frame]:
         """The frames that the gate lets pass, and the last one if it could not settle."""
-        # the first frame was asked about by an earlier run
-        known = self._after.frame >= 0 and self._source.kind in ("film", "lavfi")
+        # an earlier run asked about this frame
+        known = self._after.frame if self._source.kind in ("film", "lavfi") else -1
         last: Frame | None = None
         while not (source.ended or self._stopped()):
             frame = source.poll()
@@ -281,8 +283,7 @@ class Watch:
                 continue
             self._note(frame, last)
             last = frame
-            if known:
-                known = False
+            if frame.number == known:
                 self._gate.take(frame.image, frame.seconds)
             elif self._gate(frame.image, frame.seconds):
                 yield frame

@@ -85,7 +85,7 @@ class TestPage:
         page.locator("#cost", has_text="99 tokens, 76 of pictures").wait_for()
         ask(page, "What is in this image?")
         answer = page.locator(".turn.assistant .text").inner_text()
-        assert answer == "a yellow square, a number and a green cross"
+        assert answer == "a word, a green cross and a yellow square"
         about = page.locator(".turn.assistant .about").inner_text()
         assert re.search(r"99 tokens read.*; 11 written in [\d.]+ s", about)
         ask(page, "What colour is the cross?")

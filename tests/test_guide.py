@@ -88,7 +88,7 @@ def test_forced_tokens_take_no_passes_of_their_own(demo, work):
     assert positions - 8 <= work.positions <= positions - 1
     forced = [r for r in responses if r.logprobs[r.token].item() == 0]
     assert len(forced) >= len(responses) - len(work.passes)
-    assert all(math.isinf(r.logprobs[(r.token + 1) % 630].item()) for r in forced)
+    assert all(math.isinf(r.logprobs[(r.token + 1) % 949].item()) for r in forced)
 
 
 def test_forced_tokens_are_read_as_if_they_had_been_chosen(demo, monkeypatch):
@@ -241,8 +241,8 @@ def test_control_and_padding_tokens_are_never_part_of_an_answer(demo):
 def test_a_vocabulary_is_made_once_and_goes_with_its_tokenizer(demo):
     own = demo[1].tokenizer
     tokenizer = Lfm2Tokenizer(own.tokenizer, own.names, own.chat_template)
-    first = vocabulary(tokenizer, 630, (4,))
-    assert vocabulary(tokenizer, 630, (4,)) is first
+    first = vocabulary(tokenizer, 949, (4,))
+    assert vocabulary(tokenizer, 949, (4,)) is first
     made = weakref.ref(first.result())
     del first, tokenizer
     gc.collect()

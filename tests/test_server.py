@@ -624,7 +624,7 @@ def test_boxes(served, parts):
         body = answer.json()
         assert body["boxes"] == [box.to_dict() for box in detect(*parts, PICTURE, query)]
         assert body["boxes"]
-        assert body["image"] == {"width": 318, "height": 290}
+        assert body["image"] == {"width": 345, "height": 236}
     for wrong in ({"query": "a"}, {"image": data_url()}, {"image": data_url(), "query": []},
                   {"image": "data:,x", "query": "a"}, {"image": data_url(), "query": [" "]},
                   {"image": data_url(), "query": "a", "temperature": 1}):  # fmt: skip

@@ -95,7 +95,9 @@ class TestPage:
         assert page.locator(".turn").count() == 4
         assert page.locator(".turn.assistant .text").first.inner_text() == answer
         image = page.locator(".turn.user img")
-        until(lambda: image.evaluate("image => image.naturalWidth") == 318)
+        with Image.open(PICTURE) as picture:
+            width = picture.width
+        until(lambda: image.evaluate("image => image.naturalWidth") == width)
         assert page.locator("#history li").count() == 1
         page.keyboard.press("Alt+n")
         assert page.locator(".turn").count() == 0

@@ -33,7 +33,7 @@ from mlx_lfm2vl.generation import speeds as module
 from mlx_lfm2vl.generation.engine import Engine
 from mlx_lfm2vl.generation.estimate import position_bytes
 from mlx_lfm2vl.generation.generate import generate_step, run
-from mlx_lfm2vl.generation.speeds import DECAY, Fit, decode_work, speeds_path
+from mlx_lfm2vl.generation.speeds import DECAY, STAGES, Fit, decode_work, speeds_path
 from mlx_lfm2vl.models.cache import cache_nbytes, copy_cache
 
 from .films import write_film
@@ -150,7 +150,7 @@ def test_seconds_by_the_rates_of_a_run(parts):
 def test_first_questions_are_apart_until_one_is_unknown():
     speeds = Speeds()
     assert speeds.seconds("vision", (1000, 1)) is None
-    speeds.learn(cost(vision_time=1.0, prompt_time=1.5), first=True)
+    speeds.learn(cost(vision_time=1.0, prompt_time=1.5), first=STAGES)
     assert speeds.seconds("vision", (1024, 1)) == pytest.approx(1.0)
     speeds.learn(cost(vision_time=0.2, prompt_time=0.3))
     assert speeds.seconds("vision", (1024, 1)) == pytest.approx(0.2)

@@ -39,7 +39,7 @@ DEFAULT_MODEL = "LiquidAI/LFM2.5-VL-450M"
 def folder(tmp_path, monkeypatch):
     for name in ("photo.jpg", "before.jpg", "after.jpg"):
         Image.fromarray(picture(100, 60, len(name))).save(tmp_path / name)
-    write_film(tmp_path / "film.mp4", frames=9)
+    write_film(tmp_path / "film.mp4", images=9)
     (tmp_path / "photos").mkdir()
     shutil.copy(tmp_path / "photo.jpg", tmp_path / "photos" / "a.jpg")
     (tmp_path / "examples").symlink_to(ROOT / "examples")

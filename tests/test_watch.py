@@ -14,6 +14,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -35,11 +36,12 @@ from mlx_lfm2vl.serving import frames as module
 from mlx_lfm2vl.serving import watch as watch_module
 from mlx_lfm2vl.serving.frames import Frames, Source
 
+from . import films
 from .checkpoints.pictures import picture
-from .helpers import FIXTURES, WAIT, write_film
+from .helpers import FIXTURES, WAIT
 from .helpers import Gate as Held
 
-av = pytest.importorskip("av")
+write_film = partial(films.write_film, rate=25, codec="mpeg4", bit_rate=4_000_000)
 ROOT = Path(__file__).parents[1]
 V5 = FIXTURES / "v5"
 EVENTS = (70, 150, 230)  # frames of the film in which something appears
@@ -898,6 +900,81 @@ def test_flags_that_make_no_sense(arguments, told, short, run):
     code, lines, err = run("--source", short, "--model", "no/model", *arguments, flags=())
     assert (code, lines, len(err)) == (2, [], 1)
     assert err[0].startswith(f"mlx-lfm2vl-watch: error: {told}")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"ask": "What is it?", "max_tokens": 3, "system": "Be brief."},
+        {"ask": "Is it?", "choice": ["yes", "no"], "max_side": 32},
+        {"detect": ["cat", "red dog"]},
+        {"detect": "cat"},
+    ],
+)
+def test_a_picture_costs_what_was_told(asked, short, worker, monkeypatch):
+    """Tokens and patches are those of the first answer."""
+    answers, submit = [], Worker.submit
+
+    def keep(self, *args, **options):
+        answers.append(submit(self, *args, **options))
+        return answers[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "submit", keep)
+        next(iter(watch(worker, short, changed=0, **asked)))
+    worker._thread.prefixes.clear()
+    usages = [answer.usage for answer in answers]
+    found = watch("no/model", short, **asked).estimate(*load(V5, dtype="float32"))
+    assert found.prompt_tokens == sum(usage.processed_tokens for usage in usages)
+    assert found.patches == sum(usage.encoded_patches for usage in usages) > 0
+    assert found.max_tokens >= sum(usage.generation_tokens for usage in usages)
+    assert len(found.image_tokens) == 1
+
+
+def sources(short, folder):
+    of_color(0, (64, 48)).save(folder / "a.png")
+    return {
+        "film": short, "folder": folder, "lavfi": "lavfi:testsrc=size=64x48",
+        "screen": "screen@0,0,64,48",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["film", "folder", "lavfi", "screen"])
+def test_a_dry_run_of_each_source(kind, short, run, tmp_path, monkeypatch, work, request):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if kind == "screen":
+        request.getfixturevalue("display")
+        pytest.importorskip("mss")
+    (tmp_path / "seen").mkdir()
+    flags = ("--source", sources(short, tmp_path / "seen")[kind], "--dry-run")
+    opened = threading.active_count()
+    code, lines, told = run(*flags, "--jsonl", tmp_path / "out.jsonl")
+    assert (code, told, work.passes) == (0, [], [])
+    assert not (tmp_path / "out.jsonl").exists()
+    assert threading.active_count() == opened, "the source is closed"
+    assert [line.split(":")[0] for line in lines] == ["prompt", "answer", "memory", "time"]
+    assert "of them of 1 image (1 view, 16 patches)" in lines[0]
+    assert lines[3].startswith("time: unknown")
+
+
+def test_a_dry_run_tells_how_many_frames_a_second(short, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    run("--source", short, "--changed", "0")
+    lines = run("--source", short, "--dry-run")[1]
+    assert lines[3].startswith("time: at most ")
+    found = watch("no/model", short, "What is it?", max_tokens=2).estimate(
+        *load(V5, dtype="float32")
+    )
+    assert lines[4] == f"rate: at least {1 / found.seconds:.2g} frames a second"
+
+
+def test_a_source_without_a_picture_costs_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(watch_module, "PICTURE", 0.1)
+    code, lines, told = run("--source", tmp_path, "--dry-run")
+    assert (code, lines) == (2, [])
+    assert told == [
+        f"mlx-lfm2vl-watch: error: {tmp_path} gives no picture by which to tell the cost"
+    ]
 
 
 def test_times_and_shares():

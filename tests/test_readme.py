@@ -74,7 +74,7 @@ COMMANDS = list(dict.fromkeys(line for page in PAGES for line in commands(page))
 # run as they stand in test_demo.py
 NEW_WORD = [line for line in COMMANDS if "heart" in line]
 SERVE = [line for line in COMMANDS if "mlx_lfm2vl.serve" in line]
-WATCH = [line for line in COMMANDS if "mlx_lfm2vl.watch" in line]
+WATCH = [line for line in COMMANDS if "mlx_lfm2vl.watch" in line and "--dry-run" not in line]
 
 
 @pytest.mark.parametrize("line", SERVE)

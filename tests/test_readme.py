@@ -43,6 +43,9 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     shutil.copy(tmp_path / "photo.jpg", tmp_path / "photos" / "a.jpg")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "bin").mkdir()
+    shutil.copy(shutil.which("true"), tmp_path / "bin" / "say")  # which macOS has
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -747,6 +747,25 @@ def test_the_command_writes_one_line_for_each_event(film, run, tmp_path):
     assert out.read_bytes() == before, "nothing is written twice"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
+def test_answers_that_nobody_reads_are_kept(short, tmp_path):
+    """Whether the reader has gone or the disk of the output is full."""
+    for number, output in enumerate(("reader", "/dev/full")):
+        out = tmp_path / f"{number}.jsonl"
+        reader, writer = os.pipe()
+        os.close(reader)
+        if number:
+            os.close(writer)
+            writer = os.open(output, os.O_WRONLY)
+        words = ["--source", short, "--jsonl", out, "--changed", "0"]
+        command = [sys.executable, "-m", "mlx_lfm2vl.watch", *map(str, (*QUESTION, *words))]
+        ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+        os.close(writer)
+        assert ended.returncode == (2 if number else 1)
+        assert "Traceback" not in ended.stderr
+        assert numbers(out) == [0]
+
+
 def test_a_torn_line_is_mended_and_other_questions_are_begun_anew(short, run, tmp_path):
     out = tmp_path / "out.jsonl"
     flags = ("--source", short, "--jsonl", out, "--changed", "0")
@@ -890,6 +909,13 @@ def test_programs_that_fail(tmp_path, monkeypatch):
         (("--ask", "?", "--changed", "2"), "argument --changed: 2 must look like 0.2% or 0.002"),
         (("--ask", "?", "--exec", "say 'a"), "argument --exec: say 'a: no closing quotation"),
         (("--ask", "?", "--exec", ""), "argument --exec: there is no command"),
+        (("--ask", "?", "--exec", "./gone a"), "argument --exec: ./gone is no program that can be"),
+        (("--ask", "?", "--every", "-1s"), "argument --every: -1s must look like 300ms, 1s or 2m"),
+        (("--ask", "?", "--changed", "-1%"), "argument --changed: -1% must look like 0.2%"),
+        (("--ask", "?", "--max-side", "-5"), "max_side is -5; it must be a whole number from 16"),
+        (("--ask", "?", "--until", ""), "until is empty, which every answer contains; say at what"),
+        (("--ask", "?", "--save", __file__), f"{__file__} cannot be made a folder: File exists"),
+        (("--ask", "?", "--save", "/dev/null/x"), "/dev/null/x cannot be made a folder: Not a dir"),
         (("--ask", "?", "--source", "nothing"), "nothing does not exist; a source is camera[:N]"),
         (("--ask", "?", "--source", ".", "--save", "../" + Path().resolve().name),
          "--save is the folder that is watched; its pictures would be asked about"),

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,8 @@ def command(value: str) -> list[str]:
         raise argparse.ArgumentTypeError(f"{value:.40}: {error}".lower()) from None
     if not words:
         raise argparse.ArgumentTypeError("there is no command")
+    if shutil.which(words[0]) is None:
+        raise argparse.ArgumentTypeError(f"{words[0]:.200} is no program that can be run")
     return words
 
 
@@ -199,6 +202,8 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         _dry_run(args, source, settings)
         return
+    if args.save is not None:
+        _make_folder(Path(args.save))
     digest = _digest(args, source, constraint, tools)
     with ExitStack() as stack:
         came = stack.enter_context(interruptible())
@@ -211,6 +216,16 @@ def run(args: argparse.Namespace) -> None:
         _watch(args, source, recorded, settings, outputs, came)
     if came():
         sys.exit(INTERRUPTED)
+
+
+def _make_folder(folder: Path) -> None:
+    """Tells before the work that pictures cannot be saved there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made a folder: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{folder} cannot be written: Permission denied")
 
 
 def _is_same(one: str, other: str) -> bool:
@@ -328,9 +343,9 @@ class Outputs:
             return
         if self.args.save is not None:
             entry["image"] = str(_save(sighting, Path(self.args.save)))
-        write(_line(sighting) + "\n")
-        if self.lines is not None:
+        if self.lines is not None:  # first, for whoever reads the output may have gone
             self.lines.add({**entry, **self.about})
+        write(_line(sighting) + "\n")
         if self.args.exec is not None:
             problem = execute(self.args.exec, {**entry, **self.about})
             if problem is not None:

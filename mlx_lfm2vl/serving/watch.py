@@ -233,6 +233,8 @@ class Watch:
             raise PromptError("watch takes either a question or what to detect")
         if ask is not None and not ask.strip():
             raise PromptError("the question is empty; ask something")
+        if self._until is not None and not self._until.strip():
+            raise PromptError("until is empty, which every answer contains; say at what to end")
         if detect is not None and (others := {*settings} - {"image_options"}):
             raise PromptError(f"{min(others)} cannot be used with detect, which decides it itself")
         self._question = Question(ask or "?", **settings)

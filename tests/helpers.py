@@ -185,23 +185,6 @@ CONVERSATIONS = json.loads((CHAT / "conversations.json").read_text("utf-8"))
 RENDERED = json.loads((CHAT / "rendered.json").read_text("utf-8"))
 
 
-# films
-
-
-def write_film(path, images, rate=25, codec="mpeg4"):
-    """A film of Pillow images, all of one size."""
-    import av
-
-    with av.open(str(path), "w") as film:
-        stream = film.add_stream(codec, rate=rate)
-        stream.width, stream.height = images[0].size
-        stream.pix_fmt, stream.bit_rate = "yuv420p", 4_000_000
-        for image in images:
-            film.mux(stream.encode(av.VideoFrame.from_image(image)))
-        film.mux(stream.encode())
-    return path
-
-
 # settings that nobody should write
 
 VALUES = (

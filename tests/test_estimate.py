@@ -1,5 +1,6 @@
 """What a question will cost: tokens exactly, seconds by rates that runs have shown."""
 
+import io
 import json
 import threading
 from types import SimpleNamespace
@@ -16,14 +17,19 @@ from mlx_lfm2vl import (
     Session,
     Speeds,
     Usage,
+    Worker,
     batch_generate,
+    detect,
     estimate,
+    generate,
     load,
     read_speeds,
     remember,
 )
+from mlx_lfm2vl.cli import serve, watch
 from mlx_lfm2vl.cli.batch import main as batch_main
 from mlx_lfm2vl.cli.benchmark import main as benchmark_main
+from mlx_lfm2vl.cli.detect import main as detect_main
 from mlx_lfm2vl.cli.generate import main
 from mlx_lfm2vl.conversion import report as report_module
 from mlx_lfm2vl.conversion import samples as samples_module
@@ -33,11 +39,12 @@ from mlx_lfm2vl.generation import speeds as module
 from mlx_lfm2vl.generation.engine import Engine
 from mlx_lfm2vl.generation.estimate import position_bytes
 from mlx_lfm2vl.generation.generate import generate_step, run
-from mlx_lfm2vl.generation.speeds import DECAY, Fit, decode_work, speeds_path
+from mlx_lfm2vl.generation.speeds import DECAY, STAGES, Fit, Learner, decode_work, speeds_path
 from mlx_lfm2vl.models.cache import cache_nbytes, copy_cache
+from mlx_lfm2vl.prompts.constraint import can_constrain
 
 from .films import write_film
-from .helpers import FIXTURES, answer, cut, save_picture, user
+from .helpers import FIXTURES, WAIT, answer, cut, save_picture, user
 
 QUESTION = "What is in this image?"
 
@@ -150,7 +157,7 @@ def test_seconds_by_the_rates_of_a_run(parts):
 def test_first_questions_are_apart_until_one_is_unknown():
     speeds = Speeds()
     assert speeds.seconds("vision", (1000, 1)) is None
-    speeds.learn(cost(vision_time=1.0, prompt_time=1.5), first=True)
+    speeds.learn(cost(vision_time=1.0, prompt_time=1.5), first=STAGES)
     assert speeds.seconds("vision", (1024, 1)) == pytest.approx(1.0)
     speeds.learn(cost(vision_time=0.2, prompt_time=0.3))
     assert speeds.seconds("vision", (1024, 1)) == pytest.approx(0.2)
@@ -259,7 +266,7 @@ def test_models_that_were_not_used_for_long_are_forgotten(parts, cache, monkeypa
 
 
 def film_item(tmp_path):
-    return {"type": "video", "video": write_film(tmp_path / "film.mp4", frames=9), "frames": 4}
+    return {"type": "video", "video": write_film(tmp_path / "film.mp4", images=9), "frames": 4}
 
 
 def conversations(tmp_path):
@@ -330,7 +337,7 @@ def test_only_headers_are_read(parts, tmp_path):
 
 def test_a_session_knows_what_it_will_not_read_again(parts, tmp_path):
     session = Session(*parts, "Be brief.")
-    film = write_film(tmp_path / "film.mp4", frames=4)
+    film = write_film(tmp_path / "film.mp4", images=4)
 
     def check(text, ask):
         found = session.estimate(text, max_tokens=3)
@@ -400,9 +407,51 @@ def test_times_of_answers(parts):
 
 def test_nothing_is_written_without_being_asked(parts, cache):
     estimate(*parts, QUESTION)
+    generate(*parts, QUESTION, max_tokens=2)
     batch_generate(*parts, [Question(QUESTION, max_tokens=2)])
     Session(*parts).ask(QUESTION, max_tokens=2)
+    detect(*parts, Image.new("RGB", (64, 48)), "cat", max_tokens=2)
+    with Worker(FIXTURES / "v5", "float32") as worker:
+        worker.submit(QUESTION, max_tokens=2).result(WAIT)
     assert not cache.parent.exists()
+
+
+@pytest.fixture
+def taught(cache):
+    """A model that remembers, and the costs that it has remembered, with the first stages."""
+    model, processor = load(FIXTURES / "v5", dtype="float32")
+    model.learner, found = Learner(model, pytest.fail), []
+    model.learner.learn = found.extend
+    return model, processor, found
+
+
+def test_the_first_answers_teach_and_some_after_them(taught):
+    model, processor, found = taught
+    questions = [Question(f"{n}?", max_tokens=2) for n in range(35)]
+    batch_generate(model, processor, questions, batch_size=3)
+    assert len(found) == 8 + len((16, 32))
+    assert [first for _, first in found if first] == [{"prefill", "decode", "decode together"}]
+    picture = Question(QUESTION, Image.new("RGB", (64, 48)), max_tokens=2)
+    batch_generate(model, processor, [picture] * 14)
+    usage, first = found[-1]
+    assert (len(found), first) == (11, set()), "the first picture was not one to learn from"
+    assert usage.vision_time > 0
+
+
+def test_stages_come_first_each_by_itself(taught):
+    model, processor, found = taught
+    session = Session(model, processor)
+    session.see(Image.new("RGB", (64, 48)))
+    assert session.ask(QUESTION, max_tokens=3)
+    (seen, first), (_, second), *more = found
+    assert (first, second, more) == (
+        {"vision", "prefill"}, {"decode", "decode together"}, []
+    )  # fmt: skip
+    assert 0 < seen.vision_time < seen.prompt_time
+    asking = session.stream_ask(QUESTION, max_tokens=3)
+    next(asking)
+    asking.close()
+    assert len(found) == 2, "what nobody waited for teaches nothing"
 
 
 # commands
@@ -460,6 +509,63 @@ def test_a_run_teaches_the_next_dry_run(command, photo, parts, cache):
     assert names == {"first vision", "first prefill", "first decode"}
 
 
+def serve_one(*flags):
+    """The command, whose server answers one question and ends."""
+
+    class Server:
+        def __init__(self, service, log):
+            self.service = service
+
+        def run(self, sockets):
+            asked = self.service.worker.submit(QUESTION, photo_of(flags), max_tokens=3)
+            self.service.worker.wait_until_ready(WAIT)
+            asked.result(WAIT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serve, "make_server", Server)
+        serve.main([*map(str, flags[:4]), "--port", "0"])
+
+
+def photo_of(flags):
+    return str(flags[flags.index("--image") + 1])
+
+
+def chat(*flags):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdin", io.StringIO(f"/image {photo_of(flags)}\n{QUESTION}\n"))
+        main([*map(str, flags[:4]), "--chat", "-m", "3"])
+
+
+def watch_one(*flags):
+    words = ["--source", "lavfi:color=size=64x48:duration=0.04", "--ask", QUESTION, "-m", "3"]
+    watch.main([*map(str, flags[:4]), *words])
+
+
+def batch_one(*flags):
+    batch_main([*map(str, (*MODEL, *flags[4:])), "-o", f"{photo_of(flags)}.jsonl"])
+
+
+DOORS = {
+    "generate": lambda *flags: main([*map(str, flags), "--prompt", QUESTION, "-m", "3"]),
+    "chat": chat,
+    "detect": lambda *flags: detect_main([*map(str, flags), "--query", "cat"]),
+    "batch": batch_one,
+    "watch": watch_one,
+    "serve": serve_one,
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_command_that_asks_teaches(door, capsys, photo, parts):
+    with pytest.raises(SystemExit) as end:
+        DOORS[door](*MODEL[:4], "--image", photo)
+    assert end.value.code == 0, capsys.readouterr().err
+    fits = read_speeds(parts[0]).fits
+    assert {"first vision", "first prefill"} <= set(fits)
+    assert ("first decode" in fits) == (door != "detect" or not can_constrain())
+    assert all(0 < fit.runs <= 2 for fit in fits.values())
+
+
 def test_answers_of_a_form_teach_nothing_of_decoding(command, parts):
     command(main, *MODEL, "--regex", "aaaaaa")
     assert set(read_speeds(parts[0]).fits) == {"first prefill"}
@@ -490,7 +596,7 @@ def test_a_folder(command, tmp_path, parts, work):
         save_picture(folder / f"{number}.png", 40 + 60 * number, 50, number)
     cut(folder / "4.png")
     (folder / "bad.png").write_text("no picture")
-    write_film(folder / "film.mp4", frames=9)
+    write_film(folder / "film.mp4", images=9)
     flags = (*MODEL, "--images", folder, "-o", output, "--frames", 3)
     code, out, err = command(batch_main, *flags, "--dry-run")
     assert (code, work.passes, output.exists()) == (0, [], False)

@@ -14,6 +14,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -35,11 +36,12 @@ from mlx_lfm2vl.serving import frames as module
 from mlx_lfm2vl.serving import watch as watch_module
 from mlx_lfm2vl.serving.frames import Frames, Source
 
+from . import films
 from .checkpoints.pictures import picture
-from .helpers import FIXTURES, WAIT, write_film
+from .helpers import FIXTURES, WAIT
 from .helpers import Gate as Held
 
-av = pytest.importorskip("av")
+write_film = partial(films.write_film, rate=25, codec="mpeg4", bit_rate=4_000_000)
 ROOT = Path(__file__).parents[1]
 V5 = FIXTURES / "v5"
 EVENTS = (70, 150, 230)  # frames of the film in which something appears
@@ -745,6 +747,25 @@ def test_the_command_writes_one_line_for_each_event(film, run, tmp_path):
     assert out.read_bytes() == before, "nothing is written twice"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
+def test_answers_that_nobody_reads_are_kept(short, tmp_path):
+    """Whether the reader has gone or the disk of the output is full."""
+    for number, output in enumerate(("reader", "/dev/full")):
+        out = tmp_path / f"{number}.jsonl"
+        reader, writer = os.pipe()
+        os.close(reader)
+        if number:
+            os.close(writer)
+            writer = os.open(output, os.O_WRONLY)
+        words = ["--source", short, "--jsonl", out, "--changed", "0"]
+        command = [sys.executable, "-m", "mlx_lfm2vl.watch", *map(str, (*QUESTION, *words))]
+        ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+        os.close(writer)
+        assert ended.returncode == (2 if number else 1)
+        assert "Traceback" not in ended.stderr
+        assert numbers(out) == [0]
+
+
 def test_a_torn_line_is_mended_and_other_questions_are_begun_anew(short, run, tmp_path):
     out = tmp_path / "out.jsonl"
     flags = ("--source", short, "--jsonl", out, "--changed", "0")
@@ -888,6 +909,13 @@ def test_programs_that_fail(tmp_path, monkeypatch):
         (("--ask", "?", "--changed", "2"), "argument --changed: 2 must look like 0.2% or 0.002"),
         (("--ask", "?", "--exec", "say 'a"), "argument --exec: say 'a: no closing quotation"),
         (("--ask", "?", "--exec", ""), "argument --exec: there is no command"),
+        (("--ask", "?", "--exec", "./gone a"), "argument --exec: ./gone is no program that can be"),
+        (("--ask", "?", "--every", "-1s"), "argument --every: -1s must look like 300ms, 1s or 2m"),
+        (("--ask", "?", "--changed", "-1%"), "argument --changed: -1% must look like 0.2%"),
+        (("--ask", "?", "--max-side", "-5"), "max_side is -5; it must be a whole number from 16"),
+        (("--ask", "?", "--until", ""), "until is empty, which every answer contains; say at what"),
+        (("--ask", "?", "--save", __file__), f"{__file__} cannot be made a folder: File exists"),
+        (("--ask", "?", "--save", "/dev/null/x"), "/dev/null/x cannot be made a folder: Not a dir"),
         (("--ask", "?", "--source", "nothing"), "nothing does not exist; a source is camera[:N]"),
         (("--ask", "?", "--source", ".", "--save", "../" + Path().resolve().name),
          "--save is the folder that is watched; its pictures would be asked about"),
@@ -898,6 +926,81 @@ def test_flags_that_make_no_sense(arguments, told, short, run):
     code, lines, err = run("--source", short, "--model", "no/model", *arguments, flags=())
     assert (code, lines, len(err)) == (2, [], 1)
     assert err[0].startswith(f"mlx-lfm2vl-watch: error: {told}")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"ask": "What is it?", "max_tokens": 3, "system": "Be brief."},
+        {"ask": "Is it?", "choice": ["yes", "no"], "max_side": 32},
+        {"detect": ["cat", "red dog"]},
+        {"detect": "cat"},
+    ],
+)
+def test_a_picture_costs_what_was_told(asked, short, worker, monkeypatch):
+    """Tokens and patches are those of the first answer."""
+    answers, submit = [], Worker.submit
+
+    def keep(self, *args, **options):
+        answers.append(submit(self, *args, **options))
+        return answers[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "submit", keep)
+        next(iter(watch(worker, short, changed=0, **asked)))
+    worker._thread.prefixes.clear()
+    usages = [answer.usage for answer in answers]
+    found = watch("no/model", short, **asked).estimate(*load(V5, dtype="float32"))
+    assert found.prompt_tokens == sum(usage.processed_tokens for usage in usages)
+    assert found.patches == sum(usage.encoded_patches for usage in usages) > 0
+    assert found.max_tokens >= sum(usage.generation_tokens for usage in usages)
+    assert len(found.image_tokens) == 1
+
+
+def sources(short, folder):
+    of_color(0, (64, 48)).save(folder / "a.png")
+    return {
+        "film": short, "folder": folder, "lavfi": "lavfi:testsrc=size=64x48",
+        "screen": "screen@0,0,64,48",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["film", "folder", "lavfi", "screen"])
+def test_a_dry_run_of_each_source(kind, short, run, tmp_path, monkeypatch, work, request):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if kind == "screen":
+        request.getfixturevalue("display")
+        pytest.importorskip("mss")
+    (tmp_path / "seen").mkdir()
+    flags = ("--source", sources(short, tmp_path / "seen")[kind], "--dry-run")
+    opened = threading.active_count()
+    code, lines, told = run(*flags, "--jsonl", tmp_path / "out.jsonl")
+    assert (code, told, work.passes) == (0, [], [])
+    assert not (tmp_path / "out.jsonl").exists()
+    assert threading.active_count() == opened, "the source is closed"
+    assert [line.split(":")[0] for line in lines] == ["prompt", "answer", "memory", "time"]
+    assert "of them of 1 image (1 view, 16 patches)" in lines[0]
+    assert lines[3].startswith("time: unknown")
+
+
+def test_a_dry_run_tells_how_many_frames_a_second(short, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    run("--source", short, "--changed", "0")
+    lines = run("--source", short, "--dry-run")[1]
+    assert lines[3].startswith("time: at most ")
+    found = watch("no/model", short, "What is it?", max_tokens=2).estimate(
+        *load(V5, dtype="float32")
+    )
+    assert lines[4] == f"rate: at least {1 / found.seconds:.2g} frames a second"
+
+
+def test_a_source_without_a_picture_costs_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(watch_module, "PICTURE", 0.1)
+    code, lines, told = run("--source", tmp_path, "--dry-run")
+    assert (code, lines) == (2, [])
+    assert told == [
+        f"mlx-lfm2vl-watch: error: {tmp_path} gives no picture by which to tell the cost"
+    ]
 
 
 def test_times_and_shares():

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,7 +28,7 @@ from ..serving.folder import (
     estimate_all,
     find_images,
 )
-from .estimates import add_dry_run, count, learn, time_of
+from .estimates import add_dry_run, count, teach, time_of
 from .options import (
     add_adapters,
     add_answer,
@@ -150,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             progress=progress,
             check=check,
-            learn=partial(learn, first=True, free=task.constraint is None),
+            loaded=teach,
         )
     _write_summary(output, counts, time.perf_counter() - started)
 

@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -205,7 +204,7 @@ def run(args: argparse.Namespace) -> None:
         patches_per_group=args.patches_per_group,
         prefill_steps=args.prefill_step,
         progress=_tell if sys.stderr.isatty() else None,
-        learn=partial(learn, first=False, free=True),
+        learn=learn,
     )
     write((as_json(result) if alone else as_table(result)) + "\n")
     if file is not None:

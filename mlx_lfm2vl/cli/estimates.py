@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from ..errors import OutputError
 from .terminal import tell, write
 
 if TYPE_CHECKING:
@@ -29,25 +28,18 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def learn(
-    model: Lfm2VlForConditionalGeneration, usages: Sequence[Usage], *, first: bool, free: bool
-) -> None:
-    """Remembers how long answers took, for later estimates.
+def teach(model: Lfm2VlForConditionalGeneration) -> None:
+    """Has remembered, from now on, how long a model's answers take, for later estimates."""
+    from ..generation.speeds import Learner
 
-    Args:
-        first: whether the process had answered nothing before.
-        free: whether the answers had no form, of which tokens come faster.
-    """
-    from ..generation.speeds import remember
+    model.learner = Learner(model, tell)
 
-    if not free:
-        usages = [replace(usage, answer_time=0.0) for usage in usages]
-    try:
-        problem = remember(model, usages, first=first)
-    except OutputError:
-        return  # without a place to remember nothing is learnt, and the answer is there
-    if problem is not None:
-        tell(problem)
+
+def learn(model: Lfm2VlForConditionalGeneration, usages: Sequence[Usage]) -> None:
+    """Remembers what a model's answers cost."""
+    from ..generation.speeds import Learner
+
+    Learner(model, tell).learn([(usage, ()) for usage in usages])
 
 
 def write_estimate(found: Estimate, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import PromptError
 from ..options import CacheOptions, GenerationConfig, ImageOptions, Sampling, SamplingConfig
-from .estimates import add_dry_run, learn, write_estimate
+from .estimates import add_dry_run, teach, write_estimate
 from .options import (
     add_adapters,
     add_answer,
@@ -103,7 +103,6 @@ def run(args: argparse.Namespace) -> None:
     from ..generation.engine import Engine
     from ..generation.estimate import estimate
     from ..generation.generate import run as answer
-    from ..generation.usage import Usage
     from ..prompts.question import Question
 
     question = Question(
@@ -137,7 +136,6 @@ def run(args: argparse.Namespace) -> None:
         last = _print_text(responses)
     if args.verbose:
         _write_statistics(last)
-    learn(model, [Usage.of(row)], first=True, free=constraint is None)
 
 
 def _chat(
@@ -170,12 +168,13 @@ def _chat(
 def load_model(
     args: argparse.Namespace,
 ) -> tuple[Lfm2VlForConditionalGeneration, Lfm2VlProcessor, Callable[[Any], None]]:
-    """Model, processor, and what says that the demo model cannot know an image."""
+    """Model, which teaches its speeds, processor, and what tells that the demo knows no photo."""
     from ..checkpoints.hub import DEMO_FOLDER, resolve_model
     from ..checkpoints.loading import load
 
     folder = resolve_model(model_from(args), args.revision)
     model, processor = load(folder, dtype=args.dtype, adapter_path=args.adapter_path)
+    teach(model)
     is_demo = folder == DEMO_FOLDER
 
     def notice(image: Any) -> None:

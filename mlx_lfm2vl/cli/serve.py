@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import ConfigError, Lfm2VlError
+from .estimates import teach
 from .options import add_adapters, add_model, model_from, number, path, whole
 from .terminal import Parser, make_parser, run_command, tell
 
@@ -116,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
     port = listening.getsockname()[1]
     service = Service(
         model_from(args), options, dtype=args.dtype, revision=args.revision,
-        adapter_path=args.adapter_path,
+        adapter_path=args.adapter_path, loaded=teach,
     )  # fmt: skip
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{port}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -34,6 +35,7 @@ class Parser(argparse.ArgumentParser):
         given = sys.argv[1:] if args is None else list(args)
         if any("\0" in argument for argument in given):
             self.error("an argument holds a NUL character")
+        given = _with_negatives(given)
         found, unknown = self.parse_known_args(given)
         if unknown:
             self.error(self._unknown(unknown[0]))
@@ -55,6 +57,18 @@ class Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: object = None) -> None:
         write(message)  # help or version; argparse's own way is silent about a full disk
+
+
+def _with_negatives(given: list[str]) -> list[str]:
+    """Arguments, with values such as -1s joined to their flags: argparse knows numbers alone."""
+    joined: list[str] = []
+    for argument in given:
+        is_value = re.match(r"-\.?\d", argument) and not re.fullmatch(r"-\d*\.?\d+", argument)
+        if is_value and joined and re.fullmatch(r"--\w[\w-]*", joined[-1]):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def make_parser(

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import OutputError, PromptError
 from ..options import DEFAULT_MAX_TOKENS, ImageOptions, Sampling
+from .estimates import add_dry_run, write_estimate
 from .options import (
     add_adapters,
     add_answer,
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
 COMMAND_SECONDS = 10  # that --exec may take
 QUALITY = 92  # of JPEG files
 # what decides neither the answers nor what is asked
-OUTPUTS = ("jsonl", "save", "exec", "on_change", "until", "realtime", "show")
+OUTPUTS = ("jsonl", "save", "exec", "on_change", "until", "realtime", "show", "dry_run")
 EPILOG = """\
 examples:
   %(prog)s --source camera --ask "What is on the table?"
@@ -102,6 +104,7 @@ def build_parser() -> Parser:
     add_constraint(parser)
     add_image_options(parser)
     add_sampling(parser)
+    add_dry_run(parser)
     return parser
 
 
@@ -171,6 +174,8 @@ def command(value: str) -> list[str]:
         raise argparse.ArgumentTypeError(f"{value:.40}: {error}".lower()) from None
     if not words:
         raise argparse.ArgumentTypeError("there is no command")
+    if shutil.which(words[0]) is None:
+        raise argparse.ArgumentTypeError(f"{words[0]:.200} is no program that can be run")
     return words
 
 
@@ -194,6 +199,11 @@ def run(args: argparse.Namespace) -> None:
     source = Source.of(args.source)
     if source.kind == "folder" and args.save is not None and _is_same(args.save, source.target):
         raise PromptError("--save is the folder that is watched; its pictures would be asked about")
+    if args.dry_run:
+        _dry_run(args, source, settings)
+        return
+    if args.save is not None:
+        _make_folder(Path(args.save))
     digest = _digest(args, source, constraint, tools)
     with ExitStack() as stack:
         came = stack.enter_context(interruptible())
@@ -206,6 +216,16 @@ def run(args: argparse.Namespace) -> None:
         _watch(args, source, recorded, settings, outputs, came)
     if came():
         sys.exit(INTERRUPTED)
+
+
+def _make_folder(folder: Path) -> None:
+    """Tells before the work that pictures cannot be saved there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made a folder: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{folder} cannot be written: Permission denied")
 
 
 def _is_same(one: str, other: str) -> bool:
@@ -240,6 +260,31 @@ def _digest(args: argparse.Namespace, source: Source, constraint: Any, tools: An
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
+def _dry_run(args: argparse.Namespace, source: Source, settings: dict[str, Any]) -> None:
+    from .generate import load_model
+
+    watching = _watching(args, source, settings)
+    model, processor, _ = load_model(args)
+    found = watching.estimate(model, processor)
+    write_estimate(found, as_json=False)
+    if found.seconds:
+        write(f"rate: at least {1 / found.seconds:.2g} frames a second\n")
+
+
+def _watching(
+    args: argparse.Namespace, source: Source, settings: dict[str, Any], **more: Any
+) -> Watch:
+    from ..serving.watch import Watch
+    from .generate import load_model
+
+    return Watch(
+        lambda: load_model(args)[:2], source, args.prompt,
+        detect=args.detect, system=args.system, changed=args.changed, settle=args.settle,
+        every=args.every, max_side=args.max_side, until=args.until,
+        tell=lambda line: tell(one_line(line)), **settings, **more,
+    )  # fmt: skip
+
+
 def _watch(
     args: argparse.Namespace,
     source: Source,
@@ -248,21 +293,15 @@ def _watch(
     outputs: Outputs,
     came: Callable[[], bool],
 ) -> None:
-    from ..serving.watch import Watch
-
     window: Any = None
     if args.show:
         from .window import Window
 
         window = Window(source.name)
-    watching = Watch(
-        model_from(args), source, args.prompt,
-        detect=args.detect, system=args.system, changed=args.changed, settle=args.settle,
-        every=args.every, max_side=args.max_side, until=args.until, realtime=args.realtime,
-        after=recorded, tell=lambda line: tell(one_line(line)),
+    watching = _watching(
+        args, source, settings, after=recorded, realtime=args.realtime,
         look=None if window is None else window.look,
         stopped=came if window is None else lambda: came() or window.is_closed,
-        dtype=args.dtype, revision=args.revision, adapter_path=args.adapter_path, **settings,
     )  # fmt: skip
 
     def work() -> None:
@@ -304,9 +343,9 @@ class Outputs:
             return
         if self.args.save is not None:
             entry["image"] = str(_save(sighting, Path(self.args.save)))
-        write(_line(sighting) + "\n")
-        if self.lines is not None:
+        if self.lines is not None:  # first, for whoever reads the output may have gone
             self.lines.add({**entry, **self.about})
+        write(_line(sighting) + "\n")
         if self.args.exec is not None:
             problem = execute(self.args.exec, {**entry, **self.about})
             if problem is not None:

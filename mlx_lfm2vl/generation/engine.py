@@ -59,6 +59,16 @@ class Prefixes(Protocol):
         """Keeps a copy of a cache that holds these tokens, the images of a prompt among them."""
 
 
+class Learner(Protocol):
+    """What is told of a model's answers; see `generation.speeds.Learner`."""
+
+    def begin(self, row: AnswerRow) -> None:
+        """A row joins."""
+
+    def end(self, row: AnswerRow) -> None:
+        """It has been answered."""
+
+
 @dataclass(eq=False)
 class Row:
     """One answer in work.
@@ -186,13 +196,14 @@ class AnswerRow(Row):
             self.logits_processors = [self.guide, *self.logits_processors]
         self.model, self.question, self.features = model, question, features
         self.encoded_images = self.encoded_patches = 0
+        self.measure_vision = question.measure_vision
         self.answer, self.clock = Answer(processor, question), Clock(prompt)
 
     def embed(self, start: int, stop: int) -> mx.array:
         assert self.prompt is not None
         if self.question.image_features is None:
             self._count([image for image in self.prompt.images if start <= image.start < stop])
-        measured = self.question.measure_vision and len(self.prompt.images) > 0
+        measured = self.measure_vision and len(self.prompt.images) > 0
         if measured:
             mx.eval([entry.arrays for entry in self.cache])  # what came before is not vision
         begun = perf_counter()
@@ -268,6 +279,7 @@ class Engine:
         self.processor = processor
         self.max_rows = max_rows
         self.prefixes = prefixes
+        self.learner: Learner | None = getattr(model, "learner", None)
         self.prefill_step_size = prefill_step_size
         self.fair = fair
         self.waiting: deque[Row] = deque()
@@ -307,6 +319,8 @@ class Engine:
 
     def begin(self, row: Row) -> Row:
         """Takes a row in."""
+        if self.learner is not None and isinstance(row, AnswerRow):
+            self.learner.begin(row)
         self.waiting.append(row)
         return row
 
@@ -328,7 +342,12 @@ class Engine:
         self.arrivals = []
         self._admit()
         events = self._decode() if self.fair or not self.reading else []
-        return events + self._read_piece() if self.reading else events
+        events += self._read_piece() if self.reading else []
+        if self.learner is not None:
+            for row in dict.fromkeys(e.row for e in events if e.row.finished and e.error is None):
+                if isinstance(row, AnswerRow):
+                    self.learner.end(row)
+        return events
 
     def cancel(self, row: Row) -> None:
         """Ends a row now; nothing more comes of it, and its memory goes."""
@@ -377,6 +396,8 @@ class Engine:
         """Tells a row its first token, or that its prompt is read, if that is all it wanted."""
         if row.y is None or row.logprobs is None:
             row.finished = True
+            if self.learner is not None:
+                mx.eval([entry.arrays for entry in row.cache])  # it has not been read before
             return [Event(row)]
         row.unread = False
         return tell(row, cast(int, row.y.item()), row.logprobs)

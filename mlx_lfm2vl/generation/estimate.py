@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Unpack
 
 from mlx.utils import tree_flatten
@@ -50,8 +50,7 @@ class Estimate:
     @property
     def seconds(self) -> float | None:
         """Of all stages, None if one of them is unknown."""
-        stages = (self.seconds_vision, self.seconds_prefill, self.seconds_decode)
-        return None if None in stages else sum(stage or 0.0 for stage in stages)
+        return _total((self.seconds_vision, self.seconds_prefill, self.seconds_decode))
 
 
 def estimate(
@@ -88,13 +87,62 @@ def estimate(
         assert isinstance(question.prompt, Prompt)
         cached = prefixes.known(question.prompt, question.cache_options)
     plan = question.plan(processor)
+    shapes = _shapes(plan, question, prefixes, cached)
+    return _estimate(model, question, plan, shapes, cached, speeds, first, together)
+
+
+def estimate_all(
+    model: Lfm2VlForConditionalGeneration,
+    processor: Lfm2VlProcessor,
+    questions: Sequence[Question],
+    *,
+    speeds: Speeds | None = None,
+) -> Estimate:
+    """What questions about the same images cost together.
+
+    The images are encoded and read once, so `prompt_tokens` of later questions are those behind
+    them. Arguments and errors are those of `estimate`.
+    """
+    speeds = speeds if speeds is not None else read_speeds(model)
+    found = []
+    for question in questions:
+        plan, shapes, known = question.plan(processor), list[tuple[int, int]](), 0
+        if not found:
+            shapes = _shapes(plan, question, None, 0)
+        elif isinstance(question.prompt, Prompt) and question.prompt.images:
+            known = question.prompt.images[-1].stop
+        together = len(questions) > 1
+        found.append(_estimate(model, question, plan, shapes, known, speeds, False, together))
+    weights = _weight_bytes(model)
+    return replace(
+        found[0],
+        prompt_tokens=sum(each.prompt_tokens - each.cached_tokens for each in found),
+        max_tokens=sum(each.max_tokens for each in found),
+        memory=weights + sum(each.memory - weights for each in found),
+        seconds_prefill=_total([each.seconds_prefill for each in found]),
+        seconds_decode=_total([each.seconds_decode for each in found]),
+    )
+
+
+def _total(seconds: Sequence[float | None]) -> float | None:
+    """Their sum, None if one is unknown."""
+    return None if None in seconds else sum(s or 0.0 for s in seconds)
+
+
+def _estimate(
+    model: Lfm2VlForConditionalGeneration,
+    question: Question,
+    plan: PromptPlan,
+    shapes: Sequence[tuple[int, int]],
+    cached: int,
+    speeds: Speeds,
+    first: bool,
+    together: bool,
+) -> Estimate:
+    """Of a question whose views to encode and known positions are known; see `estimate`."""
     config, length = model.config.text_config, len(plan.token_ids)
     plan.check_length(config.max_position_embeddings)
-    shapes = (
-        [] if question.image_features is not None else _shapes(plan, question, prefixes, cached)
-    )
     patches = sum(rows * cols for rows, cols in shapes)
-    weights = [array for _, array in tree_flatten(model.parameters())]
     kept = length + question.max_tokens
     if question.cache_options.max_kv_size is not None:
         kept = min(kept, question.cache_options.max_kv_size)
@@ -107,7 +155,7 @@ def estimate(
         views=len(shapes),
         patches=patches,
         max_tokens=question.max_tokens,
-        memory=sum(array.nbytes for array in weights)
+        memory=_weight_bytes(model)
         + kept * position_bytes(config, itemsize, question.cache_options),
         seconds_vision=speeds.seconds("vision", vision_work(patches), first),
         seconds_prefill=speeds.seconds("prefill", prefill_work(length - cached), first),
@@ -130,6 +178,10 @@ def _shapes(
         if placed.start >= cached and placed.digest not in prefixes.features
     }
     return [shape for image in new.values() for shape in image.spatial_shapes]
+
+
+def _weight_bytes(model: Lfm2VlForConditionalGeneration) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
 
 
 def position_bytes(config: Lfm2Config, itemsize: int, options: CacheOptions) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +20,7 @@ from mlx.utils import tree_flatten
 from ..checkpoints.writing import write_json
 from ..errors import ConfigError, ModelNotFoundError, OutputError
 from ..files import read_json
+from .engine import AnswerRow
 from .usage import Usage
 
 VERSION = 1
@@ -27,6 +29,7 @@ NOTEWORTHY = 0.003  # squared relative errors, summed, that another kind of cost
 RATELESS = 0.05  # the same for costs without the first kind: sizes that are alike cannot tell
 MOST_MODELS = 200  # in the file
 PATIENCE = 5.0  # seconds to wait for another process that writes
+MEASURED = 16  # of so many answers, one is learnt from; of the first ones, each of half as many
 # stages and their work: patches and 1; positions and 1; tokens, tokens times positions, and 1.
 # Ones are what costs once. Answers that grow together are a stage of their own
 STAGES = {"vision": 2, "prefill": 2, "decode": 3, "decode together": 3}
@@ -137,17 +140,19 @@ class Speeds:
         name = FIRST + stage if first else stage
         self.fits.setdefault(name, Fit(STAGES[stage])).add(work, seconds)
 
-    def learn(self, usage: Usage, first: bool = False) -> None:
-        """Learns from what an answer cost."""
+    def learn(self, usage: Usage, first: Collection[str] = ()) -> None:
+        """Learns from what an answer cost; `first`: stages that the process had not been in."""
         vision = usage.vision_time
         if vision is not None or usage.encoded_patches == 0:
             vision = vision if vision is not None else 0.0
-            self.add("vision", vision_work(usage.encoded_patches), vision, first)
+            self.add("vision", vision_work(usage.encoded_patches), vision, "vision" in first)
             prefill = usage.prompt_time - vision
-            self.add("prefill", prefill_work(usage.processed_tokens), prefill, first)
-        stage = "decode" if usage.rows == 1 else "decode together"
-        work = decode_work(usage.generation_tokens, usage.prompt_tokens)
-        self.add(stage, work, usage.answer_time, first)
+            work = prefill_work(usage.processed_tokens)
+            self.add("prefill", work, prefill, "prefill" in first)
+        if not usage.constrained:
+            stage = "decode" if usage.rows == 1 else "decode together"
+            work = decode_work(usage.generation_tokens, usage.prompt_tokens)
+            self.add(stage, work, usage.answer_time, stage in first)
 
 
 def vision_work(patches: int) -> Work:
@@ -195,29 +200,82 @@ def remember(
     Raises:
         OutputError: it cannot be written.
     """
+    costs = [(usage, STAGES if first and n == 0 else ()) for n, usage in enumerate(usages)]
+    return _remember(path if path is not None else speeds_path(), _key(model), costs)
+
+
+Costs = Sequence[tuple[Usage, Collection[str]]]  # and the stages that came first in the process
+
+
+class Learner:
+    """Remembers what a model's answers cost, as they end; as `model.learner`, engines tell it.
+
+    Of the first answers it learns from each, then from some: to measure costs a little speed.
+    Without a place to remember it learns nothing.
+
+    Args:
+        tell: called with a line if the file of speeds is broken.
+        path: the file, by default `speeds_path()`.
+    """
+
+    def __init__(
+        self, model: nn.Module, tell: Callable[[str], None], path: Path | None = None
+    ) -> None:
+        self.key, self.path = _key(model), path if path is not None else speeds_path()
+        self.tell = tell
+        self.asked = 0
+        self.new = set(STAGES)  # that the process has not been in
+        self.first: WeakKeyDictionary[AnswerRow, set[str]] = WeakKeyDictionary()  # of these rows
+
+    def begin(self, row: AnswerRow) -> None:
+        """Notes a row, and has its vision tower measured if it is one to learn from."""
+        stages = {"prefill"}
+        if row.prompt is not None and row.prompt.images:
+            stages.add("vision")
+        if row.max_tokens > 0:
+            stages |= {"decode", "decode together"}
+        if self.asked < MEASURED // 2 or self.asked % MEASURED == 0:
+            self.first[row], row.measure_vision = stages & self.new, True
+        self.new -= stages
+        self.asked += 1
+
+    def end(self, row: AnswerRow) -> None:
+        """Learns from a row that has been answered."""
+        if (first := self.first.pop(row, None)) is not None:
+            self.learn([(Usage.of(row), first)])
+
+    def learn(self, costs: Costs) -> None:
+        """Learns from what was measured."""
+        try:
+            problem = _remember(self.path, self.key, costs)
+        except OutputError:
+            return
+        if problem is not None:
+            self.tell(problem)
+
+
+def _remember(path: Path, key: str, costs: Costs) -> str | None:
     from filelock import FileLock, Timeout
 
-    path = path if path is not None else speeds_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(path.name + ".lock"), timeout=PATIENCE):
-            return _update(path, model, usages, first)
+            return _update(path, key, costs)
     except NotImplementedError:  # a disk without locks: of two that write at once, one counts
-        return _update(path, model, usages, first)
+        return _update(path, key, costs)
     except (OSError, Timeout) as error:
         raise OutputError(f"{path} cannot be written: {error}") from None
 
 
-def _update(path: Path, model: nn.Module, usages: Sequence[Usage], first: bool) -> str | None:
+def _update(path: Path, key: str, costs: Costs) -> str | None:
     problem, known = None, dict[str, Speeds]()
     try:
         known = _read(path)
     except ConfigError as error:
         problem = f"{error}; it is begun anew"
-    key = _key(model)
     speeds = known.pop(key, Speeds())
-    for number, usage in enumerate(usages):
-        speeds.learn(usage, first and number == 0)
+    for usage, first in costs:
+        speeds.learn(usage, first)
     known[key] = speeds  # as the last one; the first has not been used for the longest time
     kept = list(known.items())[-MOST_MODELS:]
     fits = {key: {name: fit.to_list() for name, fit in s.fits.items()} for key, s in kept}

@@ -22,6 +22,7 @@ class Usage:
         prompt_time: seconds until the first token, those of the vision tower among them.
         answer_time: seconds after that; of steps with several answers, an equal share.
         rows: how many answers grew together, at most.
+        constrained: whether the answer had a form, tokens of which come faster.
     """
 
     prompt_tokens: int = 0
@@ -34,6 +35,7 @@ class Usage:
     prompt_time: float = field(default=0.0, compare=False)
     answer_time: float = field(default=0.0, compare=False)
     rows: int = field(default=1, compare=False)
+    constrained: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, row: AnswerRow) -> Usage:
@@ -50,4 +52,5 @@ class Usage:
             prompt_time=row.prompt_time,
             answer_time=row.answer_time,
             rows=row.most_rows,
+            constrained=row.guide is not None,
         )

@@ -356,6 +356,7 @@ class Lfm2VlForConditionalGeneration(Lfm2VlModel):
         self, config: Lfm2VlConfig, image_config: ImageProcessorConfig | None = None
     ) -> None:
         super().__init__(config, image_config)
+        self.learner: Any = None  # told of each answer; see `generation.speeds.Learner`
         if not config.text_config.tie_word_embeddings:
             self.language_model = Lfm2ForCausalLM(config.text_config)
 

@@ -25,7 +25,6 @@ from ..options import ImageOptions, Sampling
 if TYPE_CHECKING:
     from ..generation.batch import BatchResult
     from ..generation.estimate import Estimate
-    from ..generation.usage import Usage
     from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
     from ..prompts.constraint import Constraint
     from ..prompts.messages import Conversation
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic")
 FILMS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 THREADS = 4
-MEASURED = 16  # of so many answers, the vision tower's time is taken for one
 LOOK_AHEAD = 8  # images
 LINE_START = b'{"image": '
 
@@ -269,7 +267,7 @@ def answer_all(
     batch_size: int | None,
     progress: Callable[[bool], None],
     check: Callable[[], None],
-    learn: Callable[[Any, list[Usage]], None],
+    loaded: Callable[[Lfm2VlForConditionalGeneration], None],
 ) -> Counts:
     """Answers the images that a file of answers does not hold yet.
 
@@ -277,15 +275,15 @@ def answer_all(
         batch_size: how many answers grow at once; None chooses by memory.
         progress: called for each image with whether it was done before.
         check: called between images; may raise to stop.
-        learn: called at the end, however it comes, with the model and what answers cost.
+        loaded: called with the model before anything is asked.
     """
     from ..generation.batch import stream_batch
 
     done, end = read_keys(lines.path, task.settings)
     lines.cut(end)
     model, processor, batch_size = _load(task, batch_size)
+    loaded(model)
     counts, asked = Counts(), list[Prepared]()
-    usages: dict[int, Usage] = {}
 
     def write(image: Prepared, answer: dict[str, Any]) -> None:
         about = {"image": image.path, "digest": image.digest}
@@ -305,26 +303,13 @@ def answer_all(
                 counts.known += 1
                 progress(True)
 
-    questions = (
-        task.question(prompt, measure_vision=is_measured(number))
-        for number, prompt in enumerate(prompts())
-    )
-    try:
-        for result in stream_batch(model, processor, questions, batch_size=batch_size):
-            counts.answered += 1
-            image, asked[result.index] = asked[result.index], Prepared("", None)
-            write(image, _entry(result, task))
-            if is_measured(result.index):
-                usages[result.index] = result.usage
-            check()
-    finally:
-        learn(model, [usages[index] for index in sorted(usages)])
+    questions = map(task.question, prompts())
+    for result in stream_batch(model, processor, questions, batch_size=batch_size):
+        counts.answered += 1
+        image, asked[result.index] = asked[result.index], Prepared("", None)
+        write(image, _entry(result, task))
+        check()
     return counts
-
-
-def is_measured(number: int) -> bool:
-    """Whether the times of an answer are taken: of the first few, and of some after them."""
-    return number < MEASURED // 2 or number % MEASURED == 0
 
 
 def _load(

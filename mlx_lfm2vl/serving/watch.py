@@ -7,13 +7,14 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
-from ..errors import OutputError, PromptError
+from ..errors import OutputError, PromptError, SourceError
 from ..files import parse_json
+from ..generation.estimate import Estimate, estimate_all
 from ..generation.grounding import (
     THOUSANDTHS_VOCAB_SIZE,
     Box,
@@ -21,18 +22,22 @@ from ..generation.grounding import (
     detect_questions,
     join_boxes,
 )
+from ..models.config import Lfm2VlConfig
+from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ..options import MOST, Bound
 from ..prompts.processor import Lfm2VlProcessor
 from ..prompts.question import Question, QuestionSettings
 from .folder import is_torn
-from .frames import POLL, Frame, Frames, Source, Tell, frames
+from .frames import POLL, STALL, Frame, Frames, Source, Tell, frames
 from .gate import CHANGED, SETTLE, Gate
 from .pending import PendingAnswer
+from .thread import Parts
 from .worker import Worker
 
 if TYPE_CHECKING:
     from PIL import Image
 
+PICTURE = 3.0  # seconds for the first picture in a folder
 PATIENCE = 5.0  # seconds for a model that is being loaded when one stops
 PREFIX_BYTES = 64 << 20  # pictures do not come again; a system message does
 MAX_SIDE = Bound(int, 16, MOST)
@@ -154,7 +159,8 @@ class Watch:
     ends with a question about its last frame, if that differs from the one asked about.
 
     Args:
-        model: a `Worker`; or what `load` takes, with `dtype`, `revision` and `adapter_path`.
+        model: a `Worker`; what `load` takes, with `dtype`, `revision` and `adapter_path`; or what
+            makes (model, processor), called in the worker's thread.
         source, realtime, tell: as for `frames`.
         ask: the question about each picture; or
         detect: what to find, as for the function `detect`.
@@ -181,7 +187,7 @@ class Watch:
 
     def __init__(
         self,
-        model: Worker | str | Path,
+        model: Worker | str | Path | Callable[[], Parts],
         source: str | Path | Source,
         ask: str | None = None,
         *,
@@ -214,21 +220,24 @@ class Watch:
         )
         self._ask_about, self._labels, self._system = ask, detect, system
         self._max_side, self._until, self._look = max_side, until, look
-        self._settings: Any = settings
         self._tell = tell if tell is not None else lambda line: None
         self._stopped = stopped if stopped is not None else lambda: False
-        self._check(ask, detect)
+        self._check(ask, detect, settings)
 
-    def _check(self, ask: str | None, detect: str | Sequence[str] | None) -> None:
+    def _check(
+        self, ask: str | None, detect: str | Sequence[str] | None, settings: QuestionSettings
+    ) -> None:
         """Tells whatever is wrong before anything is opened or loaded."""
         MAX_SIDE.check("max_side", self._max_side, PromptError)
         if (ask is None) == (detect is None):
             raise PromptError("watch takes either a question or what to detect")
         if ask is not None and not ask.strip():
             raise PromptError("the question is empty; ask something")
-        if detect is not None and (others := {*self._settings} - {"image_options"}):
+        if self._until is not None and not self._until.strip():
+            raise PromptError("until is empty, which every answer contains; say at what to end")
+        if detect is not None and (others := {*settings} - {"image_options"}):
             raise PromptError(f"{min(others)} cannot be used with detect, which decides it itself")
-        self._question = Question(ask or "?", **self._settings)
+        self._question = Question(ask or "?", **settings)
 
     def __iter__(self) -> Iterator[Sighting]:
         with ExitStack() as stack:
@@ -244,6 +253,25 @@ class Watch:
                 yield sighting
                 if self._until is not None and self._until.lower() in sighting.answer.lower():
                     return
+
+    def estimate(
+        self, model: Lfm2VlForConditionalGeneration, processor: Lfm2VlProcessor
+    ) -> Estimate:
+        """What a picture will cost, by the first one of the source, which is then closed.
+
+        Raises:
+            SourceError: it gives no picture; live ones have 10 seconds.
+            PromptError, ImageError, ConfigError: as the function `estimate`.
+        """
+        with self._open() as source:
+            frame, name = None, source.source.name
+            end = time.monotonic() + (STALL if source.source.is_live else PICTURE)
+            while frame is None:
+                frame = source.poll()
+                if frame is None and (source.ended or time.monotonic() > end):
+                    raise SourceError(f"{name} gives no picture by which to tell the cost")
+        questions = self._questions(processor, model.config, self._small(frame))
+        return estimate_all(model, processor, questions)
 
     def _open(self) -> Frames:
         """The source, from where an earlier run has come to."""
@@ -261,13 +289,13 @@ class Watch:
         if isinstance(self._model, Worker):
             return self._model
         dtype, revision, adapter_path = self._parts
-        made = Worker(
-            self._model,
-            dtype,
-            revision,
-            adapter_path=adapter_path,
-            max_prefix_bytes=PREFIX_BYTES,
-        )
+        if callable(self._model):
+            made = Worker(load=self._model, max_prefix_bytes=PREFIX_BYTES)
+        else:
+            made = Worker(
+                self._model, dtype, revision, adapter_path=adapter_path,
+                max_prefix_bytes=PREFIX_BYTES,
+            )  # fmt: skip
         stack.callback(made.close, PATIENCE)
         return made
 
@@ -307,14 +335,13 @@ class Watch:
                 return None
         worker.wait_until_ready()  # or raises what went wrong
         now, begun = datetime.now().astimezone(), time.perf_counter()
-        small = frame.image
-        if self._max_side is not None:
-            small = small.copy()
-            small.thumbnail((self._max_side, self._max_side))
+        thread = worker._thread
+        processor, config = cast(Lfm2VlProcessor, thread.processor), cast(Any, thread.config)
+        questions = self._questions(processor, config, self._small(frame))
         if self._labels is None:
-            found = self._answer(worker, small)
+            found = self._answer(worker, questions[0])
         else:
-            found = self._detect(worker, small, frame.image.size)
+            found = self._detect(worker, questions, frame.image.size)
         if found is None:
             return None
         return Sighting(
@@ -329,12 +356,30 @@ class Watch:
             **found,
         )
 
-    def _answer(self, worker: Worker, image: Image.Image) -> dict[str, Any] | None:
-        """What the model says of a picture; None if one stopped meanwhile."""
+    def _small(self, frame: Frame) -> Image.Image:
+        """What the model sees of a frame."""
+        if self._max_side is None:
+            return frame.image
+        small = frame.image.copy()
+        small.thumbnail((self._max_side, self._max_side))
+        return small
+
+    def _questions(
+        self, processor: Lfm2VlProcessor, config: Lfm2VlConfig, image: Image.Image
+    ) -> list[Question]:
+        """What is asked about a picture: one question, or one for each thing to detect."""
+        if self._labels is not None:
+            thousandths = config.text_config.vocab_size >= THOUSANDTHS_VOCAB_SIZE
+            processed = processor.image_processor(image, self._question.image_options)
+            return detect_questions(processor, thousandths, processed, self._labels)
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
         content = [{"type": "image", "image": image}, {"type": "text", "text": self._ask_about}]
         messages: Any = [*system, {"role": "user", "content": content}]
-        pending = worker.submit(messages, **self._settings)
+        return [replace(self._question, prompt=messages)]
+
+    def _answer(self, worker: Worker, question: Question) -> dict[str, Any] | None:
+        """What the model says of a picture; None if one stopped meanwhile."""
+        pending = worker.submit(question)
         if not self._wait([pending]):
             return None
         responses, form = pending.responses, self._question.constraint
@@ -345,19 +390,14 @@ class Watch:
         return {"answer": pending.text, "more": more}
 
     def _detect(
-        self, worker: Worker, image: Image.Image, size: tuple[int, int]
+        self, worker: Worker, questions: Sequence[Question], size: tuple[int, int]
     ) -> dict[str, Any] | None:
         """What is found in a picture, in pixels of `size`; None if one stopped meanwhile."""
-        labels, thread = cast("str | Sequence[str]", self._labels), worker._thread
-        processor, config = cast(Lfm2VlProcessor, thread.processor), cast(Any, thread.config)
-        thousandths = config.text_config.vocab_size >= THOUSANDTHS_VOCAB_SIZE
-        processed = processor.image_processor(image, self._question.image_options)
-        questions = detect_questions(processor, thousandths, processed, labels)
         readings = [Reading() for _ in questions]
         asked = zip(questions, readings, strict=True)
         if not self._wait([worker.submit(one, look=reading.add) for one, reading in asked]):
             return None
-        boxes = join_boxes(readings, labels, size)
+        boxes = join_boxes(readings, cast("str | Sequence[str]", self._labels), size)
         return {"answer": "; ".join(map(str, boxes)) or NOTHING, "boxes": boxes}
 
     def _wait(self, answers: Sequence[PendingAnswer]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, cast
 from ...checkpoints.loading import load
 from ...errors import Lfm2VlError
 from ...generation.grounding import Reading, Size, answers_thousandths, detect_questions
+from ...models.lfm2_vl import Lfm2VlForConditionalGeneration
 from ...prompts.constraint import Constraint
 from ...prompts.processor import Lfm2VlProcessor, Prompt
 from ...prompts.question import Question
@@ -54,7 +55,9 @@ class Service:
         dtype: str | None = None,
         revision: str | None = None,
         adapter_path: str | Path | None = None,
+        loaded: Callable[[Lfm2VlForConditionalGeneration], None] | None = None,
     ) -> None:
+        """Begins to load; `loaded` is called with the model in the worker's thread."""
         # where a folder lies is nobody's business
         self.name = os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model
         self.options = options
@@ -75,6 +78,8 @@ class Service:
             except BaseException as error:
                 self.error = error
                 raise
+            if loaded is not None:
+                loaded(network)
             self.thousandths = answers_thousandths(network)
             self.processor = processor  # from now on it is ready
             return network, processor

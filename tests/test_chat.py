@@ -41,19 +41,25 @@ def command(fixtures, *more):
     return [str(part) for part in (*base, "--temp", 0, "--max-tokens", 6, *more)]
 
 
-def talk(fixtures, *lines, more=()):
-    run = subprocess.run(
-        command(fixtures, *more), input="\n".join(lines), capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stderr == ""
-    return run.stdout
+@pytest.fixture
+def talk(fixtures, monkeypatch, capsys):
+    """Says lines to a chat in this process; returns what it wrote."""
+
+    def call(*lines, more=()):
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+        with pytest.raises(SystemExit) as exit_info:
+            main(command(fixtures, *more)[3:])
+        captured = capsys.readouterr()
+        assert exit_info.value.code == 0, captured.err
+        assert captured.err == ""
+        return captured.out
+
+    return call
 
 
-def test_a_conversation(fixtures, photo, loaded, tmp_path):
+def test_a_conversation(talk, photo, loaded, tmp_path):
     saved = tmp_path / "talk.safetensors"
     out = talk(
-        fixtures,
         f"/image '{photo}'",
         "What is it?",
         "And where?",
@@ -81,16 +87,15 @@ def test_a_conversation(fixtures, photo, loaded, tmp_path):
     assert again.messages[-1] == session.messages[-1]
 
 
-def test_images_and_prompt_of_the_command_line_come_first(fixtures, photo, loaded):
-    out = talk(fixtures, "/quit", more=("--image", photo, "--prompt", "What is it?"))
+def test_images_and_prompt_of_the_command_line_come_first(talk, photo, loaded):
+    out = talk("/quit", more=("--image", photo, "--prompt", "What is it?"))
     session = Session(*loaded())
     session.see(photo)
     assert session.send("What is it?", sampling=Sampling(temperature=0), max_tokens=6) in out
 
 
-def test_mistakes_do_not_end_it(fixtures, tmp_path):
+def test_mistakes_do_not_end_it(talk, tmp_path):
     out = talk(
-        fixtures,
         "/image",
         "/image missing.png",
         "/dance",
@@ -112,10 +117,10 @@ def test_mistakes_do_not_end_it(fixtures, tmp_path):
         assert part in out
 
 
-def test_chat_and_json_exclude_each_other(fixtures):
-    run = subprocess.run(command(fixtures, "--json"), capture_output=True, text=True)
-    assert run.returncode == 2
-    assert "--chat reads standard input itself" in run.stderr
+def test_chat_and_json_exclude_each_other(fixtures, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(command(fixtures, "--json")[3:])
+    assert "--chat reads standard input itself" in capsys.readouterr().err
 
 
 class Screen:

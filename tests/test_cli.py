@@ -158,27 +158,15 @@ def test_odd_images_are_answered(run, tmp_path):
     assert len(json.loads(out)["image_tokens"]) == len(images) == 7
 
 
-def test_prompt_and_image_from_standard_input(fixtures, photo):
+def test_prompt_and_image_from_standard_input(run, photo, monkeypatch):
     arguments = ("--temp", 0, "-m", 5)
-    flags = subprocess.run(
-        command(fixtures, "--image", photo, "-p", "What?", *arguments),
-        capture_output=True,
-        check=True,
-    )
-    prompt = subprocess.run(
-        command(fixtures, "--image", photo, "-p", "-", *arguments),
-        input=b"What?",
-        capture_output=True,
-        check=True,
-    )
-    image = subprocess.run(
-        command(fixtures, "--image", "-", "-p", "What?", *arguments),
-        input=photo.read_bytes(),
-        capture_output=True,
-        check=True,
-    )
-    assert flags.stdout == prompt.stdout == image.stdout
-    assert len(flags.stdout) > 1
+    flags, _ = run("--image", photo, "-p", "What?", *arguments)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"What?")))
+    prompt, _ = run("--image", photo, "-p", "-", *arguments)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(photo.read_bytes())))
+    image, _ = run("--image", "-", "-p", "What?", *arguments)
+    assert flags == prompt == image
+    assert len(flags) > 1
 
 
 def test_a_terminal_sees_the_answer_grow(fixtures):

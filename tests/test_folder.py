@@ -18,7 +18,6 @@ import time
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
@@ -34,6 +33,7 @@ from .checkpoints.pictures import picture
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FIXTURES = Path(__file__).parent / "checkpoints"
 FLAGS = ("--model", FIXTURES / "v5", "--prompt", "What?", "--temp", "0", "--max-tokens", "2")
+MANY = 90
 
 
 def make_images(folder, count):
@@ -48,7 +48,7 @@ def make_images(folder, count):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("many") / "images", 300)
+    return make_images(tmp_path_factory.mktemp("many") / "images", MANY)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,8 @@ def few(tmp_path_factory):
 def answers(many, tmp_path_factory):
     """What one process that nobody disturbs says about each image."""
     out = tmp_path_factory.mktemp("answers") / "out.jsonl"
-    subprocess.run(command("--images", many, "--output", out), check=True, capture_output=True)
+    with pytest.raises(SystemExit, match="0"):
+        main([str(part) for part in (*FLAGS, "--images", many, "--output", out)])
     return by_image(out)
 
 
@@ -125,11 +126,10 @@ def start(arguments):
     )
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_killed_twice_and_resumed(seed, many, answers, tmp_path):
+def test_killed_twice_and_resumed(many, answers, tmp_path):
     out = tmp_path / "out.jsonl"
-    rng = random.Random(seed)
-    for more in (rng.randint(10, 100), rng.randint(110, 200)):
+    rng = random.Random(1)
+    for more in (rng.randint(5, 20), rng.randint(25, 45)):
         process = start(command("--images", many, "--output", out))
         kill_after(process, tmp_path, more)
     # what a kill between two pages would leave
@@ -146,21 +146,21 @@ def test_shards_together_are_the_whole(run, many, answers, tmp_path):
     for number in (1, 2, 3):
         out = tmp_path / f"{number}.jsonl"
         assert run("--images", many, "--output", out, "--shard", f"{number}/3")[0] == 0
-        assert len(by_image(out)) == 100
+        assert len(by_image(out)) == MANY / 3
         found |= by_image(out)
     assert found == answers
     joined = tmp_path / "joined.jsonl"
     joined.write_bytes(b"".join(sorted((tmp_path / f"{n}.jsonl").read_bytes() for n in (1, 2, 3))))
     code, err = run("--images", many, "--output", joined)
-    assert (code, "300 were done before" in err) == (0, True)
+    assert (code, f"{MANY} were done before" in err) == (0, True)
     for wrong in ("0/2", "3/2", "1", "a/b"):
         with pytest.raises(SystemExit):
             build_parser().parse_args(["--images", "x", "-o", "y", "-p", "z", "--shard", wrong])
 
 
 def test_rows_answer_together(many, tmp_path, run, work):
-    """Counted: 64 pictures, eight at a time, take at most a third of the steps of one at a time."""
-    images = sorted(str(path) for path in many.rglob("*.*"))[:64]
+    """Counted: 24 pictures, eight at a time, take at most a third of the steps of one at a time."""
+    images = sorted(str(path) for path in many.rglob("*.*"))[:24]
     steps = {}
     for size in (1, 8):
         work.clear()
@@ -422,14 +422,14 @@ def test_ctrl_c_leaves_whole_lines(many, tmp_path):
     out = tmp_path / "out.jsonl"
     arguments = command("--images", many, "--output", out)
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE)
-    while lines_in(tmp_path) < 20:
+    while lines_in(tmp_path) < 5:
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert err.strip() == b""
-    assert 20 <= len(by_image(out)) < 300
+    assert 5 <= len(by_image(out)) < MANY
 
 
 def test_ctrl_c_that_python_lost_is_raised_again():
@@ -503,24 +503,6 @@ def test_threads_prepare_a_few_images_ahead_without_mlx(few, loaded, monkeypatch
 def test_preparing_imports_no_mlx():
     code = "import sys, mlx_lfm2vl.prompts.processor; assert 'mlx.core' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.parametrize("arguments", [("--help",), ("--images", "x.png", "-o", "x.jsonl")])
-def test_no_other_framework_is_loaded(arguments, tmp_path):
-    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "x.png")
-    code = (
-        "import runpy, sys\n"
-        "try: runpy.run_module('mlx_lfm2vl.batch', run_name='__main__', alter_sys=True)\n"
-        "except SystemExit as end: assert not end.code\n"
-        "heavy = {'transformers', 'torch', 'mlx_lm', 'huggingface_hub'}\n"
-        "if '--help' in sys.argv: heavy |= {'numpy', 'PIL', 'tqdm', 'jinja2'}\n"
-        "assert heavy.isdisjoint(sys.modules), heavy & set(sys.modules)\n"
-    )
-    flags = [str(flag) for flag in (*FLAGS, *arguments)]
-    run = subprocess.run(
-        [sys.executable, "-c", code, *flags], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
 
 
 def test_help_says_what_it_must():

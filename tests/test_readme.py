@@ -1,7 +1,10 @@
 """Every block of the README runs as it stands, with a small checkpoint in place of the large."""
 
+import importlib
+import io
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -74,8 +77,8 @@ def commands(page):
 COMMANDS = list(dict.fromkeys(line for page in PAGES for line in commands(page)))
 
 
-# run as they stand in test_demo.py
-NEW_WORD = [line for line in COMMANDS if "heart" in line]
+# run as they stand in test_demo.py and in test_doctor.py
+ELSEWHERE = [line for line in COMMANDS if "heart" in line or "doctor" in line]
 SERVE = [line for line in COMMANDS if "mlx_lfm2vl.serve" in line]
 WATCH = [line for line in COMMANDS if "mlx_lfm2vl.watch" in line and "--dry-run" not in line]
 
@@ -95,36 +98,56 @@ def test_servers_answer_until_they_are_told_to_end(line):
     server.stderr.close()
 
 
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs a line: in this process, or by a shell if it needs one."""
+
+    def call(line):
+        if set("|<>") & set(line):
+            line = line.replace("python -m", f"{sys.executable} -m")
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            done = subprocess.run(line, shell=True, capture_output=True, text=True, env=environment)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+        python, dash, module, *arguments = shlex.split(line)
+        assert (python, dash) == ("python", "-m")
+        monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
+        command = importlib.import_module(module.replace("mlx_lfm2vl.", "mlx_lfm2vl.cli."))
+        with pytest.raises(SystemExit) as exit_info:
+            command.main(arguments)
+        captured = capsys.readouterr()
+        assert exit_info.value.code in (None, 0), captured.err
+        return captured.out
+
+    return call
+
+
+@pytest.mark.usefixtures("small_matrix")
 @pytest.mark.parametrize(
     "line",
-    [line for line in COMMANDS if "python -m" in line and line not in (*NEW_WORD, *SERVE, *WATCH)],
+    [line for line in COMMANDS if "python -m" in line and line not in (*ELSEWHERE, *SERVE, *WATCH)],
 )
-def test_commands_run(line, folder, fixtures):
+def test_commands_run(line, run, folder, fixtures):
     """As they stand, but for the model and the length of endless answers."""
+    model, more = "", ""
     if "convert" in line:
-        line = line.replace("LiquidAI/LFM2.5-VL-450M", str(fixtures / "wide"))
-        line = line.replace("my-model", "demo")
-        line = line.replace("python -m", f"{sys.executable} -m", 1)
+        line = line.replace(DEFAULT_MODEL, str(fixtures / "wide"))
+        # most of a small model stays in floating point
+        line = line.replace("my-model", str(fixtures / "wide")).replace("4.5", "12")
         if "lfm2-hf" in line:
             convert(fixtures / "wide", "lfm2-4bit", Quantization())
     elif "train" in line or "fuse" in line or "adapter" in line:
-        line = prepare_training(line, folder, fixtures)
-    elif "doctor" in line:
-        line = line.replace("python -m", f"{sys.executable} -m", 1)
-    else:
+        model = f" --model {fixtures / 'v5'}"
+        prepare_training(line, run, folder, model)
+        more = {"train": " --iters 2", "generate": " -m 20"}.get(line.split()[2].split(".")[1], "")
+    elif "benchmark" in line:
+        model, more = f" --model {fixtures / 'v5'}", " -m 3 --rounds 1"
+    elif "--model demo" not in line:
         # the demo model ends its answers, but not those to questions that it does not know
-        more = "" if "detect" in line else " -m 200"
-        model = "" if "--model demo" in line else " --model demo"
-        line = re.sub(r"python -m (\S+)", rf"{sys.executable} -m \1{model}{more}", line)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
-    run = subprocess.run(
-        line, shell=True, capture_output=True, text=True, env=environment, input="/quit\n"
-    )
-    assert run.returncode == 0, run.stderr
-    assert "Traceback" not in run.stderr
+        model, more = " --model demo", "" if "detect" in line else " -m 60"
+    said = run(re.sub(r"(python -m \S+)", rf"\1{model}{more}", line))
     written = [*folder.glob("*.json"), *folder.glob("*.jsonl")]
-    assert len(run.stdout) > 1 or any(file.stat().st_size > 1 for file in written)
+    assert len(said) > 1 or any(file.stat().st_size > 1 for file in written)
 
 
 @pytest.mark.parametrize("line", WATCH)
@@ -146,20 +169,13 @@ def test_commands_that_watch_give_an_answer(line, folder, fixtures, display):
     assert re.search(r"\d+ frames?, \d+ questions?, \d+ dropped$", told), told
 
 
-def prepare_training(line, folder, fixtures):
+def prepare_training(line, run, folder, model):
     """The samples that the README shows, and adapters where a command reads some."""
     sample = next(block for kind, block in BLOCKS["README.md"] if kind == "json")
     (folder / "samples.jsonl").write_text(sample * 4)
     train = next(command for command in COMMANDS if "mlx_lfm2vl.train" in command)
-
-    def with_model(command, *more):
-        added = " ".join(["--model", str(fixtures / "v5"), *more])
-        return re.sub(r"python -m (\S+)", rf"{sys.executable} -m \1 {added}", command)
-
-    if line == train:
-        return with_model(train, "--iters", "2")
-    subprocess.run(with_model(train, "--iters", "1"), shell=True, check=True, capture_output=True)
-    return with_model(line)
+    if line != train:
+        run(re.sub(r"(python -m \S+)", rf"\1{model} --iters 1", train))
 
 
 def test_other_commands_are_those_that_ci_runs():

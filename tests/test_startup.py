@@ -19,18 +19,32 @@ def test_import_loads_nothing_heavy(code):
 
 
 @pytest.mark.parametrize("flag", ["--help", "--version"])
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_loads_nothing_heavy(command, flag):
-    modules = modules_after(run_module(f"mlx_lfm2vl.{command}"), flag)
-    assert modules.isdisjoint(HEAVY)
+def test_no_command_loads_anything_heavy_to_tell_about_itself(flag):
+    """One after the other in one process, from the cheapest to import to the last."""
+    code = f"""
+import runpy
+for command in {list(COMMANDS)}:
+    try:
+        runpy.run_module("mlx_lfm2vl." + command, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert not end.code, command
+    else:
+        raise AssertionError(command)
+"""
+    assert modules_after(code, flag).isdisjoint({*HEAVY, "yaml", "tqdm"})
 
 
-def test_generating_from_a_folder_loads_no_other_framework(fixtures, tmp_path):
+@pytest.mark.parametrize("command", ["generate", "batch"])
+def test_answering_from_a_folder_loads_no_other_framework(command, fixtures, tmp_path):
     Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
+    more = {
+        "generate": ("--image",),
+        "batch": ("--output", str(tmp_path / "out.jsonl"), "--images"),
+    }
     modules = modules_after(
-        run_module("mlx_lfm2vl.generate"),
-        *("--model", str(fixtures / "v5"), "--image", str(tmp_path / "red.png")),
-        *("--prompt", "What is it?", "--max-tokens", "2"),
+        run_module(f"mlx_lfm2vl.{command}"),
+        *("--model", str(fixtures / "v5"), "--prompt", "What is it?", "--max-tokens", "2"),
+        *(*more[command], str(tmp_path / "red.png")),
     )
     assert modules.isdisjoint({"transformers", "torch", "mlx_lm", "huggingface_hub", "llguidance"})
     assert {"PIL", "mlx"} <= modules, "the check sees nothing"

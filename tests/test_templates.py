@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from mlx_lfm2vl import ConfigError, PromptError
 from mlx_lfm2vl.prompts import sandbox
 from mlx_lfm2vl.prompts.template import compile_template, render_template
@@ -144,7 +146,7 @@ def render(source: str) -> str | None:
 def test_hostile_templates_end(monkeypatch):
     """Within the memory of the test, too: what goes over the bounds is never made."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    monkeypatch.setattr(sandbox, "SECONDS", 0.1)
+    monkeypatch.setattr(sandbox, "SECONDS", 0.02)
     if LINUX:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + (3 << 29)
@@ -160,12 +162,13 @@ def test_hostile_templates_end(monkeypatch):
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-def test_200_templates_of_hostile_parts(monkeypatch):
+@pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.slow)])
+def test_templates_of_hostile_parts(count, monkeypatch):
     """Parts of templates in each other's loops, conditions and macros."""
-    monkeypatch.setattr(sandbox, "SECONDS", 0.1)
+    monkeypatch.setattr(sandbox, "SECONDS", 0.02)
     chance = random.Random(1)
     refused = 0
-    for _ in range(200):
+    for _ in range(count):
         inner = "".join(chance.sample(HOSTILE, chance.randint(1, 3)))
         around = chance.choice(
             [
@@ -180,7 +183,7 @@ def test_200_templates_of_hostile_parts(monkeypatch):
             cut = chance.randrange(len(source))
             source = source[:cut] + source[cut + chance.randint(1, 4) :]
         refused += render(source) is None
-    assert refused > 100
+    assert refused > count / 2
 
 
 def test_what_chat_templates_need_is_there():

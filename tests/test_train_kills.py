@@ -19,7 +19,6 @@ from mlx_lfm2vl.training.trainer import STATE_ARRAYS, checkpoints
 
 from .helpers import FIXTURES, FLAGS, answer, make_data, user, write_lines
 
-KILLS = 20
 STEPS = 31
 NOTES = ".notes"  # hidden, but the user's
 MEASURED = ("step", "loss", "learning_rate", "grad_norm", "validation_loss")
@@ -61,7 +60,8 @@ def check_end(output, whole):
     assert all((np.array(first[name]) == np.array(second[name])).all() for name in second)
 
 
-def test_twenty_kills(tmp_path):
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_again_and_again(kills, tmp_path):
     entries = [{"messages": [user("How many?"), answer(f"{i} cats.")]} for i in range(5)]
     data, whole = write_lines(tmp_path / "data.jsonl", entries), tmp_path / "whole"
     with start(data, whole) as process:
@@ -72,7 +72,7 @@ def test_twenty_kills(tmp_path):
     assert [int(row[0]) for row in expected] == sorted(due)
 
     chance, killed, moved, runs = random.Random(0), 0, 0, 0
-    while killed < KILLS:
+    while killed < kills:
         # a run that ends too soon makes room for another
         output, before = tmp_path / f"out-{runs}", 0
         output.mkdir()
@@ -80,7 +80,7 @@ def test_twenty_kills(tmp_path):
         returned = None
         while returned != 0:
             with start(data, output, "--resume") as process:
-                if killed < KILLS:
+                if killed < kills:
                     time.sleep(chance.uniform(0.25, 0.75))
                     process.send_signal(signal.SIGKILL)
                 said = process.stderr.read()

@@ -176,14 +176,15 @@ def killed(command: str, arguments: list[str], out: Path, delay: float) -> None:
     process.communicate()
 
 
-def test_killed_twenty_times(killable, tmp_path):
+@pytest.mark.parametrize("times", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_again_and_again(times, killable, tmp_path):
     """The folder is there and complete each time; the next run removes what is left."""
     arguments = [str(path) for path in killable]
     left = Counter()
 
     def kill(command: str) -> None:
         folder = tmp_path / command
-        for delay in np.random.default_rng(len(command)).uniform(0.0, 0.15, 20):
+        for delay in np.random.default_rng(len(command)).uniform(0.0, 0.15, times):
             killed(command, arguments, folder / "out", delay)
             open_checkpoint(folder / "out")
             assert len(workspaces(folder)) <= 1, "the next run left what it found"
@@ -194,7 +195,7 @@ def test_killed_twenty_times(killable, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(kill, ("convert", "fuse")))
     for command in ("convert", "fuse"):
-        assert left[command] > 5, "it was never killed in the middle"
+        assert left[command] > 0, "it was never killed in the middle"
         convert(V5, tmp_path / command / "elsewhere")
         names = sorted(path.name for path in (tmp_path / command).iterdir())
         assert names == ["elsewhere", "out"]

@@ -162,8 +162,9 @@ def test_work_leaves_the_loop_free(served, monkeypatch):
         (service, "make_question"),
     ):  # fmt: skip
         watch(place, name)
+    messages = see("?", data_url(Image.new("RGB", (70, 50), "teal")))  # not remembered yet
     for stream in (False, True):
-        request = {"messages": see(), "max_tokens": 1, "stream": stream}
+        request = {"messages": messages, "max_tokens": 1, "stream": stream}
         assert served.post("/v1/chat/completions", request).status_code == 200
     assert len(threads) == 7
     assert all(served.thread not in found for found in threads.values())

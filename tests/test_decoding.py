@@ -324,7 +324,8 @@ def test_no_step_copies_buffers_that_are_still_read(wide, monkeypatch):
     ("backend", "offset", "window", "slots"),
     [
         ("metal", 20, None, 1024), ("metal", 1023, None, 1024), ("metal", 1024, None, 2048),
-        ("cuda", 2000, 300, 512), ("cpu", 20, None, 128), ("cpu", 127, None, 128),
+        ("cuda", 2000, 300, 512), ("cpu", 0, None, 128), ("cpu", 3, None, 128),
+        ("cpu", 127, None, 128),
         ("cpu", 128, None, 256), ("cpu", 1000, None, 1024), ("cpu", 2048, None, 2304),
         ("cpu", 30_000, None, 30_720), ("cpu", 100, 300, 128), ("cpu", 2000, 300, 384),
     ],

@@ -28,6 +28,9 @@ class Slots:
     def __init__(self, entry, capacity):
         self.entry, self.arrays = entry, entry.padded(entry.state, capacity)
 
+    def grow(self, capacity):
+        self.arrays = self.entry.padded(self.arrays, capacity)
+
     @property
     def offset(self):
         return mx.array([self.entry.offset])
@@ -94,6 +97,8 @@ def check(model, monkeypatch, tokens=5, options=PLAIN, rows=1):
         ids = [(5 * token + n) % 300 for n in range(rows)]
         batch.y = mx.array(ids)
         batch._launch()
+        for entry in (e for cache in plain for e in cache if isinstance(e, Slots)):
+            entry.grow(batch.capacity)
         with monkeypatch.context() as patch:
             patch.setattr(JointProjections, "project", apart)
             for row, one, cache in zip(batch.rows, ids, plain, strict=True):

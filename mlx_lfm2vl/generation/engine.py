@@ -665,7 +665,7 @@ def slots_for(row: Row) -> int:
     most = row.attention.max_size
     slots = row.offset + 1 if most is None else min(row.offset + 1, most)
     # a longer row's steps take longer, too, so an eighth is little and is traced seldom
-    step = max(CPU_RESERVE, 1 << slots.bit_length() - 4) if backend() == "cpu" else RESERVE
+    step = max(CPU_RESERVE, (1 << slots.bit_length()) >> 4) if backend() == "cpu" else RESERVE
     slots = -(-slots // step) * step
     return slots if most is None else min(slots, blocks(most))
 

@@ -9,6 +9,7 @@ from mlx.optimizers import SGD
 from mlx.utils import tree_flatten
 
 from mlx_lfm2vl.checkpoints.adapters import AdaptedLinear, Update
+from mlx_lfm2vl.generation import decoding
 from mlx_lfm2vl.generation.decoding import decode_step
 from mlx_lfm2vl.generation.engine import Batch, Engine, Row, prefill
 from mlx_lfm2vl.models.cache import copy_cache
@@ -20,6 +21,12 @@ from .conftest import random_language_model
 LAYERS = ("conv", "full_attention", "conv")
 PLAIN, WINDOW = CacheOptions(), CacheOptions(24, 6)
 INTEGERS = CacheOptions(kv_bits=8, quantized_kv_start=0)
+
+
+@pytest.fixture(autouse=True)
+def joining(monkeypatch):
+    """Projections are joined as on a GPU."""
+    monkeypatch.setattr(decoding, "backend", lambda: "metal")
 
 
 class Slots:

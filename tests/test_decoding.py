@@ -49,6 +49,17 @@ def read_language(model, length):
     return cache
 
 
+class TokenRow(Row):
+    """An answer of a language model alone."""
+
+    def __init__(self, model, token_ids, max_tokens):
+        super().__init__(token_ids, max_tokens, cache=model.make_cache())
+        self.model = model
+
+    def embed(self, start, stop):
+        return self.model.embed(mx.array(self.token_ids[start:stop]))
+
+
 class DecodeStep:
     """The replayed step of one row, as the engine takes it: token -> log-probabilities."""
 
@@ -76,7 +87,7 @@ def logprobs_of(logits):
 @pytest.mark.parametrize("options", [None, CacheOptions(270, 9)], ids=["plain", "rotating"])
 def test_each_step_equals_the_model(loaded, work, options, monkeypatch):
     """Over the end of a reserve, and over that of the window."""
-    monkeypatch.setattr(engine, "RESERVE", 256)
+    monkeypatch.setattr(engine, "CPU_RESERVE", 256)
     model, cache = read(loaded, 245, options)
     twin = copy_cache(cache)
     model.decode_step = None
@@ -95,8 +106,9 @@ def test_each_step_equals_the_model(loaded, work, options, monkeypatch):
     assert work.traces == 2, "once for each size of the buffers"
 
 
-def test_answers_of_every_entrance_share_one_trace(fixtures, work):
+def test_answers_of_every_entrance_share_one_trace(fixtures, work, monkeypatch):
     """Of any length below the reserve, about pictures or not."""
+    monkeypatch.setattr(engine, "CPU_RESERVE", engine.RESERVE)
     model, processor = load(fixtures / "v5", dtype="float32")
     settings = {"sampling": Sampling(temperature=0)}
     generate(model, processor, "Hi", max_tokens=3, **settings)
@@ -149,7 +161,7 @@ def test_traces_of_a_model_that_is_gone_are_not_taken_for_another():
 
 def test_what_traces_again(fixtures, work, monkeypatch):
     """Another type, training and adapters, once each; long answers once in each reserve."""
-    monkeypatch.setattr(engine, "RESERVE", 256)
+    monkeypatch.setattr(engine, "CPU_RESERVE", 256)
     model, _ = load(fixtures / "v5", dtype="float32")
     language = model.language_model
 
@@ -159,7 +171,7 @@ def test_what_traces_again(fixtures, work, monkeypatch):
         return work.traces - before
 
     assert [traces(), traces(9)] == [1, 0]
-    assert traces(1000) == 3, "512 slots at first, as an answer may be long; then 768 and 1024"
+    assert traces(1000) == 3, "512, 768 and 1024 slots"
     assert traces(1000) == 0
     model.set_dtype(mx.bfloat16)
     assert [traces(), traces()] == [1, 0]
@@ -306,6 +318,37 @@ def test_no_step_copies_buffers_that_are_still_read(wide, monkeypatch):
     assert peak > 0.9 * buffers, "nothing holds them, so the test proves nothing"
     peak, buffers = peak_of_steps(wide, monkeypatch, turns=True)
     assert peak < 0.1 * buffers
+
+
+@pytest.mark.parametrize(
+    ("backend", "offset", "window", "slots"),
+    [
+        ("metal", 20, None, 1024), ("metal", 1023, None, 1024), ("metal", 1024, None, 2048),
+        ("cuda", 2000, 300, 512), ("cpu", 0, None, 128), ("cpu", 3, None, 128),
+        ("cpu", 127, None, 128),
+        ("cpu", 128, None, 256), ("cpu", 1000, None, 1024), ("cpu", 2048, None, 2304),
+        ("cpu", 30_000, None, 30_720), ("cpu", 100, 300, 128), ("cpu", 2000, 300, 384),
+    ],
+)  # fmt: skip
+def test_few_sizes_of_buffers(wide, monkeypatch, backend, offset, window, slots):
+    """A CPU looks at few slots that hold nothing; a GPU traces steps again as seldom as can be."""
+    monkeypatch.setattr(engine, "backend", lambda: backend)
+    row = engine.Row([5] * offset, 9, cache=wide.make_cache(CacheOptions(window, window and 9)))
+    row.offset = offset
+    assert engine.slots_for(row) == slots
+
+
+def test_buffers_grow_with_an_answer(wide):
+    """And hold what they must at each of its tokens."""
+    engine_, sizes = engine.Engine(wide), []
+    row = TokenRow(wide, [5] * 120, 30)
+    engine_.begin(row)
+    while not row.finished:
+        engine_.step()
+        sizes += [(row.offset, batch.capacity) for batch in engine_.batches.values()]
+    assert all(offset <= capacity for offset, capacity in sizes)
+    assert [capacity for _, capacity in sizes] == sorted(c for _, c in sizes)
+    assert {capacity for _, capacity in sizes} == {128, 256}
 
 
 def test_when_there_are_two_sets(wide, monkeypatch):

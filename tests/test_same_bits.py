@@ -9,6 +9,7 @@ from mlx.optimizers import SGD
 from mlx.utils import tree_flatten
 
 from mlx_lfm2vl.checkpoints.adapters import AdaptedLinear, Update
+from mlx_lfm2vl.generation import decoding
 from mlx_lfm2vl.generation.decoding import decode_step
 from mlx_lfm2vl.generation.engine import Batch, Engine, Row, prefill
 from mlx_lfm2vl.models.cache import copy_cache
@@ -22,11 +23,20 @@ PLAIN, WINDOW = CacheOptions(), CacheOptions(24, 6)
 INTEGERS = CacheOptions(kv_bits=8, quantized_kv_start=0)
 
 
+@pytest.fixture(autouse=True)
+def joining(monkeypatch):
+    """Projections are joined as on a GPU."""
+    monkeypatch.setattr(decoding, "backend", lambda: "metal")
+
+
 class Slots:
     """A cache of one attention layer, with all of its slots looked at; nothing clever."""
 
     def __init__(self, entry, capacity):
         self.entry, self.arrays = entry, entry.padded(entry.state, capacity)
+
+    def grow(self, capacity):
+        self.arrays = self.entry.padded(self.arrays, capacity)
 
     @property
     def offset(self):
@@ -94,6 +104,8 @@ def check(model, monkeypatch, tokens=5, options=PLAIN, rows=1):
         ids = [(5 * token + n) % 300 for n in range(rows)]
         batch.y = mx.array(ids)
         batch._launch()
+        for entry in (e for cache in plain for e in cache if isinstance(e, Slots)):
+            entry.grow(batch.capacity)
         with monkeypatch.context() as patch:
             patch.setattr(JointProjections, "project", apart)
             for row, one, cache in zip(batch.rows, ids, plain, strict=True):

@@ -21,7 +21,7 @@ from PIL import Image
 
 from mlx_lfm2vl.cli.serve import main
 from mlx_lfm2vl.generation.engine import Engine
-from mlx_lfm2vl.serving.http import body, running
+from mlx_lfm2vl.serving.http import app, body, running, service
 
 from .serving import PICTURE, WAIT, data_url, see, serving, until
 
@@ -141,6 +141,33 @@ def test_a_full_queue_answers_at_once():
         for stream in streams:
             threading.Timer(0.3, stream.close).start()
         assert ask(served.client(max_retries=5), max_tokens=1).usage.completion_tokens == 1
+
+
+def test_work_leaves_the_loop_free(served, monkeypatch):
+    """What may take long is done in other threads than the one that answers everybody."""
+    threads = {}
+
+    def watch(place, name):
+        plain = getattr(place, name)
+
+        def watched(*arguments, **settings):
+            threads.setdefault(name, set()).add(threading.current_thread())
+            return plain(*arguments, **settings)
+
+        monkeypatch.setattr(place, name, watched)
+
+    for place, name in (
+        (body, "parse"), (app, "read_chat"), (app.ChatWriter, "whole"), (app.ChatWriter, "end"),
+        (served.service.images, "_bytes"), (served.service.images, "_process"),
+        (service, "make_question"),
+    ):  # fmt: skip
+        watch(place, name)
+    messages = see("?", data_url(Image.new("RGB", (70, 50), "teal")))  # not remembered yet
+    for stream in (False, True):
+        request = {"messages": messages, "max_tokens": 1, "stream": stream}
+        assert served.post("/v1/chat/completions", request).status_code == 200
+    assert len(threads) == 7
+    assert all(served.thread not in found for found in threads.values())
 
 
 def test_too_much_time(monkeypatch):
@@ -424,7 +451,7 @@ def test_bodies_that_are_too_large_or_of_another_kind(strict):
 
 
 def test_a_slow_body(strict, monkeypatch):
-    monkeypatch.setattr(body.read_json, "__defaults__", (0.3,))
+    monkeypatch.setattr(body.read_body, "__defaults__", (0.3,))
     host, port = strict.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"

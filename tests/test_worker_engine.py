@@ -92,7 +92,7 @@ def test_a_waiter_that_is_cancelled_does_not_cancel_the_others(worker):
         return texts[1:]
 
     assert asyncio.run(main()) == [answer.result(WAIT)] * 2
-    alone = worker.submit("What?", max_tokens=10_000)
+    alone = worker.submit("What?", max_tokens=10_000, logit_bias={4: -100})  # 4 would end it
 
     async def give_up():
         task = asyncio.create_task(alone)

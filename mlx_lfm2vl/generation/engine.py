@@ -30,6 +30,7 @@ from .sampling import LogitsProcessor, Sampler, from_settings
 
 PREFILL_STEP_SIZE = 1024  # positions of a prompt at once; more takes memory and saves no time
 RESERVE = 1024  # slots; buffers grow by so many, so that few steps are traced again
+CPU_RESERVE = 128  # the same for a CPU, which looks at an empty slot as long as at another
 TURNS_FROM = 1 << 23  # bytes of buffers, from which to copy them takes longer than a few kernels
 
 
@@ -514,7 +515,7 @@ class Batch:
     def join(self, row: Row) -> None:
         """Takes a row in, behind the present ones."""
         assert row.y is not None
-        self.reserve(row.cache, max(row.attention.used, slots_for(row, min(row.left, RESERVE))))
+        self.reserve(row.cache, slots_for(row))
         self.older = []
         for n, entry in enumerate(row.cache):
             arrays = entry.padded(entry.state, self.capacity)
@@ -528,9 +529,9 @@ class Batch:
         self.rows.append(row)
 
     def reserve(self, cache: Sequence[Cache], slots: int) -> None:
-        """Makes capacity for so many slots, in whole blocks."""
+        """Makes capacity for so many slots."""
         if slots > self.capacity:
-            self.capacity, self.older = blocks(slots), []
+            self.capacity, self.older = slots, []
             self.states = [
                 entry.padded(arrays, self.capacity)
                 for entry, arrays in zip(cache, self.states, strict=False)
@@ -573,7 +574,7 @@ class Batch:
             if row.logits_processors:
                 row.history = mx.concatenate([row.history, self.y[i : i + 1]])
         cache, places = self.rows[0].cache, [(row, row.attention) for row in self.rows]
-        self.reserve(cache, max(slots_for(row, 1) for row in self.rows))
+        self.reserve(cache, max(map(slots_for, self.rows)))
         slots = [entry.slot(row.offset) for row, entry in places]
         most = [entry.max_size for _, entry in places]
         offsets = [row.offset for row in self.rows]
@@ -680,10 +681,14 @@ class Batch:
         ]
 
 
-def slots_for(row: Row, tokens: int) -> int:
-    """Capacity for so many more tokens: whole reserves, but no more than a window."""
-    slots, most = -(-(row.offset + tokens) // RESERVE) * RESERVE, row.attention.max_size
-    return slots if most is None else min(slots, most)
+def slots_for(row: Row) -> int:
+    """Capacity for one more token, of few sizes, and not much more than a window."""
+    most = row.attention.max_size
+    slots = row.offset + 1 if most is None else min(row.offset + 1, most)
+    # a longer row's steps take longer, too, so an eighth is little and is traced seldom
+    step = max(CPU_RESERVE, (1 << slots.bit_length()) >> 4) if backend() == "cpu" else RESERVE
+    slots = -(-slots // step) * step
+    return slots if most is None else min(slots, blocks(most))
 
 
 def tell(row: Row, token: int, logprobs: mx.array) -> list[Event]:

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from ...prompts.processor import Prompt
 from .asking import Ask
-from .body import read_json
+from .body import read_body
 from .chat import ChatWriter, read_chat
 from .detecting import detection, read_detect, write_detect
 from .errors import HttpError, as_http
@@ -150,7 +150,7 @@ class Endpoints:
     async def _count(self, request: Request, read: Callable[[Any], Ask]) -> Response:
         self.service.check_ready()
         with self.service.place():
-            ask = read(await read_json(request, self.service.options.max_body))
+            ask = await read_body(request, read, self.service.options.max_body)
             question = await self.service.question(ask)
         prompt = cast(Prompt, question.prompt)
         images = [image.image_tokens for image in prompt.images]
@@ -176,7 +176,7 @@ class Endpoints:
         service, started = self.service, time.perf_counter()
         service.check_ready()
         with service.place():
-            ask = read(await read_json(request, service.options.max_body))
+            ask = await read_body(request, read, service.options.max_body)
             run = await or_gone(request, service.run(ask, started))
         run.holds_place = False
         headers = {"x-model": service.name.encode("ascii", "replace").decode()}
@@ -185,7 +185,7 @@ class Endpoints:
             return EventStream(writing, lambda: self._end(request, run), headers)
         try:
             await or_gone(request, run.finish())
-            return JSONResponse(writer(run).whole(), headers=headers)
+            return await asyncio.to_thread(lambda: JSONResponse(writer(run).whole(), 200, headers))
         finally:
             self._end(request, run)
 
@@ -194,12 +194,12 @@ class Endpoints:
         service, started = self.service, time.perf_counter()
         service.check_ready()
         with service.place():
-            ask = read_detect(await read_json(request, service.options.max_body))
+            ask = await read_body(request, read_detect, service.options.max_body)
             run, readings, size = await or_gone(request, service.detect(ask, started))
         run.holds_place = False
         try:
             await or_gone(request, run.finish())
-            return JSONResponse(write_detect(run, readings, size))
+            return await asyncio.to_thread(lambda: JSONResponse(write_detect(run, readings, size)))
         finally:
             self._end(request, run)
 
@@ -250,7 +250,8 @@ async def stream(
                 bodies = [body for update in updates for body in writer.news(update)]
                 if bodies:
                     yield b"".join(map(event, bodies))
-        yield b"".join(map(event, writer.end())) + last
+        # a Responses stream ends with all of its log-probabilities, several times
+        yield await asyncio.to_thread(lambda: b"".join(map(event, writer.end())) + last)
     except Exception as error:  # noqa: BLE001 - the client is told
         yield event(as_http(error).to_dict())
 

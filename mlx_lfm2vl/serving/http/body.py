@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -13,14 +14,16 @@ from ...files import parse_json
 from .errors import HttpError
 
 BODY_SECONDS = 60.0
-LARGE = 1_000_000  # bytes from which on a body is parsed in another thread
+T = TypeVar("T")
 
 
-async def read_json(request: Request, max_bytes: int, seconds: float = BODY_SECONDS) -> Any:
-    """The JSON value of a request's body.
+async def read_body(
+    request: Request, read: Callable[[Any], T], max_bytes: int, seconds: float = BODY_SECONDS
+) -> T:
+    """What a request asks for, made of its body's JSON value in another thread.
 
     Raises:
-        HttpError: 400, 408, 413 or 415.
+        HttpError: 400, 408, 413, 415, or what `read` raises.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # other kinds could come from any web page without asking
@@ -40,7 +43,7 @@ async def read_json(request: Request, max_bytes: int, seconds: float = BODY_SECO
         raise HttpError(408, f"the body did not come within {seconds:g} seconds") from None
     except ClientDisconnect:
         raise HttpError(400, "the body is not whole") from None
-    return await asyncio.to_thread(parse, body) if len(body) > LARGE else parse(body)
+    return await asyncio.to_thread(lambda: read(parse(body)))
 
 
 def parse(body: bytes | bytearray) -> Any:

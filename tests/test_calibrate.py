@@ -72,7 +72,7 @@ def test_integers_are_packed_as_mlx_does_it(bits):
 @pytest.mark.parametrize("bits", BITS)
 def test_gptq_without_correlations_is_plain_rounding(bits):
     weight = mx.random.normal((16, 128), key=mx.random.key(bits))
-    ours, plain = gptq(weight, 3 * np.eye(128), bits, 32), plainly(weight, bits, 32)
+    ours, plain = gptq(weight, 3 * mx.eye(128), bits, 32), plainly(weight, bits, 32)
     for one, other in zip(ours, plain, strict=True):
         assert np.array_equal(np.array(one), np.array(other))
 
@@ -88,7 +88,7 @@ def test_gptq_lowers_the_error_of_the_outputs():
         values = mx.dequantize(parts["weight"], parts["scales"], parts["biases"], 32, start.bits)
         return np.square(inputs @ np.array(values - weight).T).mean()
 
-    moment = inputs.T @ inputs
+    moment = mx.array(inputs.T @ inputs, mx.float32)
     better, plain = gptq(weight, moment, 3, 32), plainly(weight, 3, 32)
     assert error(better) < 0.5 * error(plain)
 
@@ -102,7 +102,7 @@ def test_clipping_lowers_the_error_of_the_values():
         values = mx.dequantize(parts["weight"], parts["scales"], parts["biases"], 32, 2)
         return (np.square(np.array(values - weight)) * importance).sum()
 
-    clipped = gptq(weight, np.diag(importance), 2, 32, CLIPS)
+    clipped = gptq(weight, mx.array(np.diag(importance), mx.float32), 2, 32, CLIPS)
     assert error(clipped) < 0.9 * error(plainly(weight, 2, 32))
 
 

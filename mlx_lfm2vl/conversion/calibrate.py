@@ -14,7 +14,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ..checkpoints.weights import dequantized
 from ..checkpoints.writing import write_json
@@ -26,6 +26,7 @@ from ..options import Sampling
 from ..prompts.processor import Lfm2VlProcessor, Prompt
 from ..prompts.question import Question
 from .budget import group_of
+from .rounding import ROWS_AT_ONCE
 from .samples import Samples
 
 Tell = Callable[[str, int, int], None]  # what is being done, how much of it is, and all
@@ -196,12 +197,21 @@ def sensitivities(
     information = _fisher_information(model, batches, sizes, tell)
     losses: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for path, settings in ways.items():
-        weight = module_at(model, path).weight
         for bits, way in settings.items():
-            errors = _squares(rounded(weight, way) - weight, sizes[path]).mean(axis=-1)
-            loss = (information[path] * errors).sum() / 2
-            losses[group_of(path)][bits] += cast(float, loss.item())
+            weight, found = module_at(model, path).weight, information[path]
+            losses[group_of(path)][bits] += _loss(weight, found, way)
     return {group: dict(by_bits) for group, by_bits in losses.items()}
+
+
+def _loss(weight: mx.array, information: mx.array, way: Mapping[str, Any]) -> float:
+    """Of a rounded matrix; some rows at once, since a table of embeddings is large."""
+    loss = 0.0
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        part = weight[start : start + ROWS_AT_ONCE]
+        errors = _squares(rounded(part, way) - part, way["group_size"]).mean(axis=-1)
+        counted = information[start : start + ROWS_AT_ONCE] * errors
+        loss += cast(float, counted.sum().item()) / 2
+    return loss
 
 
 def _fisher_information(
@@ -228,12 +238,12 @@ def _fisher_information(
     gradient = nn.value_and_grad(model, probed)
     information: dict[str, mx.array] = {}
     for number, batch in enumerate(batches):
-        _, slopes = gradient(batch, mx.random.key(number))
-        for path, size in sizes.items():
-            squares = _squares(module_at(slopes, path)["weight"], size).sum(axis=-1)
+        slopes = dict(tree_flatten(gradient(batch, mx.random.key(number))[1]))
+        # one after the other: what is not kept is let go as soon as its squares are added
+        for path in reversed(sizes):
+            squares = _squares(slopes.pop(f"{path}.weight"), sizes[path]).sum(axis=-1)
             information[path] = information.get(path, 0) + batch.weight * squares
-        del slopes  # so that each gradient is let go as soon as its squares are added
-        mx.eval(information)
+            mx.eval(information[path])
         tell("sensitivity", number + 1, len(batches))
     model.unfreeze()
     return information

@@ -69,7 +69,7 @@ class Calibration:
     samples: str | Path | None = None
     target_bits: float | None = None
     methods: Sequence[str] = DEFAULT_METHODS
-    epochs: int = 8
+    epochs: int = 4
     learning_rate: float = 1.5e-4
     folder: Path = Path("mlx_model.calibration")
 
@@ -198,7 +198,7 @@ class Calibrator:
         portions = in_portions(model, plan.after)
         nothing: Iterator[dict[str, mx.array]] = ({} for _ in portions)
         sums = self._inputs(portions, moments_of) if "gptq" in methods else nothing
-        clips = CLIPS if "clip" in methods else CLIPS[:1]
+        clips, steps = CLIPS if "clip" in methods else CLIPS[:1], count(1)
         for paths, moments in zip(portions, sums, strict=True):
             for path in paths:
                 way = plan.after[path]
@@ -206,6 +206,7 @@ class Calibrator:
                 moment = moments.get(group_of(path), mx.eye(weight.shape[1]))
                 found = gptq(weight, moment, way["bits"], way["group_size"], clips)
                 put_rounded(model, path, found)
+                self.tell("rounding", next(steps), len(plan.after))
 
     def _inputs(
         self, portions: Sequence[Sequence[str]], measure: Measure

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 1024
 DAMPING = 0.1  # of a Hessian, as a share of its mean diagonal
 CLIPS = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)
 

@@ -54,6 +54,7 @@ FIRST = (
 STAGES = (
     Stage("wide", "train", 26_000, 500, 1e-3, schedule="constant"),
     Stage("long", "train-long", 38_750, 1_900, 9e-4),
+    Stage("more", "train-more", 60_000, 2_600, 9e-4, turns=6),
 )
 
 

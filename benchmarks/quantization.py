@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -211,7 +212,14 @@ def mlx_lm_told(source: Path, output: Path) -> str:
     """mlx-lm drops what sees; its text part against that of the same bits here."""
     folder = output / "mlx-lm-4bit"
     if not folder.exists():
-        command = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(source)]
+        # it knows the family by its older name only, and wants what transformers has defaults for
+        renamed = output / "mlx-lm-source"
+        shutil.copytree(source, renamed, dirs_exist_ok=True)
+        config = json.loads((renamed / "config.json").read_text())
+        config["model_type"] = "lfm2-vl"
+        config["text_config"] |= {"block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0}
+        (renamed / "config.json").write_text(json.dumps(config))
+        command = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(renamed)]
         run([*command, "--mlx-path", str(folder), "-q", "--q-bits", "4"])
     theirs, ours = mx.load(str(folder / "model.safetensors")), read_weights(output / "plain-4")
     seeing = sum(not name.startswith("language_model.") for name in theirs)

@@ -80,7 +80,7 @@ def gptq(
     starts = range(0, len(weight), ROWS_AT_ONCE)
     parts = [weight[start : start + ROWS_AT_ONCE] for start in starts]
     blocks = [_gptq_rows(part, inverse, importance, bits, group_size, clips) for part in parts]
-    codes, scales, biases = map(mx.concatenate, zip(*blocks, strict=True))
+    codes, scales, biases = (mx.concatenate([*arrays]) for arrays in zip(*blocks, strict=True))
     return Rounded(codes, scales, biases, bits)
 
 

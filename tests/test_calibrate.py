@@ -3,10 +3,12 @@
 import functools
 import json
 import random
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_lfm2vl import ConfigError, ConvertError, Quantization, convert, load
 from mlx_lfm2vl.cli.convert import main
@@ -17,11 +19,14 @@ from mlx_lfm2vl.conversion.calibrated import (
     Calibration,
     Calibrator,
     convert_calibrated,
+    in_portions,
     possible_ways,
 )
 from mlx_lfm2vl.conversion.plan import make_plan
 from mlx_lfm2vl.conversion.rounding import CLIPS, gptq, pack, plainly, unpack
 from mlx_lfm2vl.conversion.scaling import apply_fold, folds
+from mlx_lfm2vl.models.config import load_config
+from mlx_lfm2vl.models.lfm2_vl import Lfm2VlForConditionalGeneration
 
 from .helpers import WIDE, save_picture, tensors
 
@@ -72,7 +77,7 @@ def test_integers_are_packed_as_mlx_does_it(bits):
 @pytest.mark.parametrize("bits", BITS)
 def test_gptq_without_correlations_is_plain_rounding(bits):
     weight = mx.random.normal((16, 128), key=mx.random.key(bits))
-    ours, plain = gptq(weight, 3 * np.eye(128), bits, 32), plainly(weight, bits, 32)
+    ours, plain = gptq(weight, 3 * mx.eye(128), bits, 32), plainly(weight, bits, 32)
     for one, other in zip(ours, plain, strict=True):
         assert np.array_equal(np.array(one), np.array(other))
 
@@ -88,7 +93,7 @@ def test_gptq_lowers_the_error_of_the_outputs():
         values = mx.dequantize(parts["weight"], parts["scales"], parts["biases"], 32, start.bits)
         return np.square(inputs @ np.array(values - weight).T).mean()
 
-    moment = inputs.T @ inputs
+    moment = mx.array(inputs.T @ inputs, mx.float32)
     better, plain = gptq(weight, moment, 3, 32), plainly(weight, 3, 32)
     assert error(better) < 0.5 * error(plain)
 
@@ -102,7 +107,7 @@ def test_clipping_lowers_the_error_of_the_values():
         values = mx.dequantize(parts["weight"], parts["scales"], parts["biases"], 32, 2)
         return (np.square(np.array(values - weight)) * importance).sum()
 
-    clipped = gptq(weight, np.diag(importance), 2, 32, CLIPS)
+    clipped = gptq(weight, mx.array(np.diag(importance), mx.float32), 2, 32, CLIPS)
     assert error(clipped) < 0.9 * error(plainly(weight, 2, 32))
 
 
@@ -173,6 +178,55 @@ def test_sensitivities_are_those_of_rounding_one_group_alone(calibrator):
     assert abs(estimated - exact).mean() < np.log(2)
     shares = [batch.weight * len(batch.positions) for batch in calibrator.batches]
     assert sum(shares) == pytest.approx(1)
+
+
+def wide_model(text, vision=None):
+    """The checkpoint's model with other sizes, never computed."""
+    config = load_config(WIDE)
+    text_config = replace(config.text_config, **text)
+    vision_config = replace(config.vision_config, **(vision or {}))
+    return Lfm2VlForConditionalGeneration(
+        replace(config, text_config=text_config, vision_config=vision_config)
+    )
+
+
+def test_gradients_are_let_go_one_by_one(monkeypatch):
+    """Memory beside the weights, with activations that hardly count."""
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 64)
+    model = wide_model({"hidden_size": 256, "feed_forward_size": 1024})
+    weights = [array for _, array in tree_flatten(model.parameters())]
+    mx.eval(weights)
+    batch = module.Batch(np.arange(6)[None], mx.arange(5), 0.2, None, ())
+    ways = possible_ways(model, SETTINGS)
+    ways = {p: way for p, way in ways.items() if p.startswith("language_model")}
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    module.sensitivities(model, [batch], ways, quiet)
+    gradients = sum(module_at(model, path).weight.nbytes for path in ways)
+    assert mx.get_peak_memory() - before < gradients / 3
+
+
+def test_the_moments_of_a_450m_are_held_in_portions():
+    """All at once they would take 2 GB; each portion is one more reading of the set."""
+    kinds = tuple("full_attention" if n in (2, 5, 8, 10, 12, 14) else "conv" for n in range(16))
+    model = wide_model(
+        {"hidden_size": 1024, "feed_forward_size": 4608, "vocab_size": 65536,
+         "num_attention_heads": 16, "num_key_value_heads": 8, "num_hidden_layers": 16,
+         "layer_types": kinds},
+        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
+    )  # fmt: skip
+    paths = possible_ways(model, Quantization())
+    portions = in_portions(model, paths)
+    assert sorted(path for portion in portions for path in portion) == sorted(paths)
+    stages = [{path.split(".")[0] for path in portion} for portion in portions]
+    assert {len(stage) for stage in stages} == {1}
+    assert portions[-1][-1].endswith("embed_tokens")
+    sizes = []
+    for portion in portions:
+        widths = {group_of(path): module_at(model, path).weight.shape[1] for path in portion}
+        sizes.append(sum(4 * width**2 for width in widths.values()))
+    assert max(sizes) <= 400e6
+    assert len(portions) <= 9
 
 
 def test_scales_of_channels_change_nothing_in_floats(calibrator):

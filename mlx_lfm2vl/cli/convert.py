@@ -76,7 +76,7 @@ def _add_calibration(group: argparse._ArgumentGroup) -> None:
         metavar="METHOD",
         help="how values are improved: awq, gptq, clip, distill, or none (default: gptq distill)",
     )
-    group.add_argument("--epochs", type=int, help="passes of the distillation (default: 8)")
+    group.add_argument("--epochs", type=int, help="passes of the distillation (default: 4)")
     group.add_argument("--save-plan", metavar="JSON", help="write the bits of each module; "
                        "--quant-predicate reads it")  # fmt: skip
     group.add_argument(
@@ -311,9 +311,9 @@ def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
         stages: list[str] = []
 
         def line(stage: str, done: int, total: int) -> None:
-            if stages[-1:] != [stage]:
+            if stage not in stages:
                 stages.append(stage)
-                tell(f"{stage}: {total} steps")
+                tell(f"{stage}: {total} step{'' if total == 1 else 's'}")
 
         yield line
         return

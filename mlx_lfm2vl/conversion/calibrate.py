@@ -7,13 +7,14 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ..checkpoints.weights import dequantized
 from ..checkpoints.writing import write_json
@@ -25,12 +26,14 @@ from ..options import Sampling
 from ..prompts.processor import Lfm2VlProcessor, Prompt
 from ..prompts.question import Question
 from .budget import group_of
+from .rounding import ROWS_AT_ONCE
 from .samples import Samples
 
 Tell = Callable[[str, int, int], None]  # what is being done, how much of it is, and all
 ANSWER_TOKENS = 48
 TEXT_SHARE = 0.1  # of all that counts; answers are the rest
-ROWS = 4  # of a batch
+ROWS = 4  # of a batch, at most
+TOKENS = 1024  # of a batch with several rows, at most: gradients need memory for each of them
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,13 @@ def _batches(rows: Sequence[tuple[Prompt, list[int]]], share: float) -> list[Bat
     """Rows of about one length in each batch."""
     weight = share / max(sum(len(answer) for _, answer in rows), 1)
     ordered = sorted(rows, key=lambda row: len(row[0].token_ids) + len(row[1]))
-    return [_batch(ordered[i : i + ROWS], weight) for i in range(0, len(rows), ROWS)]
+    groups: list[list[tuple[Prompt, list[int]]]] = []
+    for row in ordered:
+        length = len(row[0].token_ids) + len(row[1])
+        if not groups or len(groups[-1]) == min(ROWS, max(TOKENS // length, 1)):
+            groups.append([])
+        groups[-1].append(row)
+    return [_batch(group, weight) for group in groups]
 
 
 def _batch(rows: Sequence[tuple[Prompt, list[int]]], weight: float) -> Batch:
@@ -188,12 +197,21 @@ def sensitivities(
     information = _fisher_information(model, batches, sizes, tell)
     losses: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for path, settings in ways.items():
-        weight = module_at(model, path).weight
         for bits, way in settings.items():
-            errors = _squares(rounded(weight, way) - weight, sizes[path]).mean(axis=-1)
-            loss = (information[path] * errors).sum() / 2
-            losses[group_of(path)][bits] += cast(float, loss.item())
+            weight, found = module_at(model, path).weight, information[path]
+            losses[group_of(path)][bits] += _loss(weight, found, way)
     return {group: dict(by_bits) for group, by_bits in losses.items()}
+
+
+def _loss(weight: mx.array, information: mx.array, way: Mapping[str, Any]) -> float:
+    """Of a rounded matrix; some rows at once, since a table of embeddings is large."""
+    loss = 0.0
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        part = weight[start : start + ROWS_AT_ONCE]
+        errors = _squares(rounded(part, way) - part, way["group_size"]).mean(axis=-1)
+        counted = information[start : start + ROWS_AT_ONCE] * errors
+        loss += cast(float, counted.sum().item()) / 2
+    return loss
 
 
 def _fisher_information(
@@ -220,9 +238,10 @@ def _fisher_information(
     gradient = nn.value_and_grad(model, probed)
     information: dict[str, mx.array] = {}
     for number, batch in enumerate(batches):
-        _, slopes = gradient(batch, mx.random.key(number))
-        for path, size in sizes.items():
-            squares = _squares(module_at(slopes, path)["weight"], size).sum(axis=-1)
+        slopes = dict(tree_flatten(gradient(batch, mx.random.key(number))[1]))
+        # one after the other: what is not kept is let go as soon as its squares are added
+        for path in reversed([*sizes]):
+            squares = _squares(slopes.pop(f"{path}.weight"), sizes[path]).sum(axis=-1)
             information[path] = information.get(path, 0) + batch.weight * squares
             mx.eval(information[path])
         tell("sensitivity", number + 1, len(batches))
@@ -255,33 +274,72 @@ def divergence(model: Lfm2VlForConditionalGeneration, batch: Batch, right: mx.ar
     return batch.weight * (mx.exp(right) * (right - own)).sum()
 
 
-class _Watched(nn.Module):
-    """A linear map that adds up x·xᵀ over its inputs x."""
+Measure = Callable[[mx.array], mx.array]  # (rows, inputs) float32 -> what is added up over rows
 
-    def __init__(self, inner: nn.Module, moments: dict[str, mx.array], group: str) -> None:
+
+def squares_of(rows: mx.array) -> mx.array:
+    """(inputs,)"""
+    return mx.square(rows).sum(axis=0)
+
+
+def moments_of(rows: mx.array) -> mx.array:
+    """x·xᵀ, (inputs, inputs)"""
+    return rows.T @ rows
+
+
+class _Watched(nn.Module):
+    """A linear map that adds up a measure of its inputs."""
+
+    def __init__(self, inner: nn.Module, add: Callable[[mx.array], None]) -> None:
         super().__init__()
         self.inner = inner
-        self._moments, self._group = moments, group
+        self._add = add
 
     def __call__(self, x: mx.array) -> mx.array:
-        rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
-        self._moments[self._group] = self._moments.get(self._group, 0) + rows.T @ rows
+        self._add(x)
         return self.inner(x)
 
 
-def input_moments(
+def input_sums(
     model: Lfm2VlForConditionalGeneration,
     batches: Sequence[Batch],
     paths: Sequence[str],
-    tell: Tell,
-) -> dict[str, np.ndarray[Any, Any]]:
-    """The sum of x·xᵀ over the inputs x of each linear map, (inputs, inputs), by group."""
-    before = {group_of(path): (path, module_at(model, path)) for path in paths}
-    moments: dict[str, mx.array] = {}
-    watched = [(p, _Watched(module, moments, group)) for group, (p, module) in before.items()]
+    measure: Measure,
+    tell: Callable[[], None],
+) -> dict[str, mx.array]:
+    """What the inputs of each linear map measure, added up over the calibration set, by group.
+
+    A table of embeddings is a linear map if it is the head, too.
+
+    Args:
+        tell: called after each batch.
+    """
+    head = head_of(model)
+    before = {group_of(p): (p, module_at(model, p)) for p in paths if not _is_table(p)}
+    before.pop(head, None)
+    sums: dict[str, mx.array] = {}
+
+    def add(group: str, x: mx.array) -> None:
+        rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+        sums[group] = sums.get(group, 0) + measure(rows)
+
+    watched = [(p, _Watched(module, partial(add, group))) for group, (p, module) in before.items()]
     model.update_modules(tree_unflatten(watched))
-    for number, batch in enumerate(batches):
-        mx.eval(batch.hidden(model), moments)
-        tell("inputs", number + 1, len(batches))
+    for batch in batches:
+        hidden = batch.hidden(model)
+        if head in paths:
+            add(head, hidden)
+        mx.eval(sums)
+        tell()
     model.update_modules(tree_unflatten(list(before.values())))
-    return {group: np.array(moment) for group, moment in moments.items()}
+    return sums
+
+
+def head_of(model: Lfm2VlForConditionalGeneration) -> str:
+    """Where the map to the vocabulary stands, which may be the table of embeddings."""
+    tied = "lm_head" not in model.language_model
+    return "language_model.model.embed_tokens" if tied else "language_model.lm_head"
+
+
+def _is_table(path: str) -> bool:
+    return path.endswith("embed_tokens")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from ..files import read_json
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from .budget import Choice, assign, group_of
 from .calibrate import (
+    Measure,
     Tell,
-    input_moments,
+    input_sums,
     log_softmax,
     module_at,
+    moments_of,
     read_samples,
     sensitivities,
+    squares_of,
 )
 from .distill import RoundedMatrix, distill, put_rounded
 from .plan import Plan, make_plan, write_plan
@@ -37,9 +41,11 @@ from .samples import calibration_samples
 from .scaling import scale_channels
 
 METHODS = ("awq", "gptq", "clip", "distill")
-DEFAULT_METHODS = ("awq", "gptq", "clip", "distill")
+DEFAULT_METHODS = ("gptq", "distill")
 TARGET_BITS = 4.5
 BITS = (2, 3, 4, 5, 6, 8)  # besides floating point
+LAST = 1_000_000  # a layer behind all others
+MOMENTS = 400_000_000  # bytes of inputs' moments that are held at once, for GPTQ
 LARGE = 100_000_000  # parameters; activations of such a model are computed again, not kept
 
 
@@ -63,7 +69,7 @@ class Calibration:
     samples: str | Path | None = None
     target_bits: float | None = None
     methods: Sequence[str] = DEFAULT_METHODS
-    epochs: int = 8
+    epochs: int = 4
     learning_rate: float = 1.5e-4
     folder: Path = Path("mlx_model.calibration")
 
@@ -101,6 +107,8 @@ class Calibrator:
             self.model, processor, samples, kept, source_identity(source), tell
         )
         head = self.model.language_model
+        if sum(array.size for _, array in tree_flatten(self.model.parameters())) > LARGE:
+            self.model.gradient_checkpointing_enable()
         self.table = head.lm_head.weight if "lm_head" in head else head.model.embed_tokens.weight
         self.hidden: list[mx.array] = []
         self.digest = ""
@@ -158,7 +166,9 @@ class Calibrator:
         key = _key(self.digest, ways)
         known = read_json(kept) if kept.exists() else {}
         if known.get("key") != key:
+            self.model.train()  # or activations are kept, not computed again
             known = {"key": key, "nats": sensitivities(self.model, self.batches, ways, self.tell)}
+            self.model.eval()
             write_json(kept, known)
         return {g: {int(b): v for b, v in row.items()} for g, row in known["nats"].items()}
 
@@ -169,8 +179,6 @@ class Calibrator:
         self._round(plan, types)
         if "distill" in settings.methods:
             model.train()
-            if plan.parameters > LARGE:
-                model.gradient_checkpointing_enable()
             distill(
                 model, self.batches, lambda n: log_softmax(self.head(self.hidden[n])), types,
                 epochs=settings.epochs, rate=settings.learning_rate,
@@ -183,20 +191,61 @@ class Calibrator:
 
     def _round(self, plan: Plan, types: Mapping[str, mx.Dtype]) -> None:
         """Puts integers in the place of all matrices of the plan."""
-        model, methods, moments = self.model, self.calibration.methods, {}
-        # a table of embeddings is looked into, too, so the head's inputs do not tell enough
-        linears = [path for path in plan.after if not path.endswith("embed_tokens")]
-        if "gptq" in methods or "awq" in methods:
-            moments = input_moments(model, self.batches, linears, self.tell)
+        model, methods = self.model, self.calibration.methods
         if "awq" in methods:
-            scale_channels(model, plan.after, moments)
-        clips = CLIPS if "clip" in methods else CLIPS[:1]
-        for path, way in plan.after.items():
-            weight = module_at(model, path).weight.astype(types[f"{path}.weight"])
-            moment = np.eye(weight.shape[1])
-            if "gptq" in methods:
-                moment = moments.get(group_of(path), moment)
-            put_rounded(model, path, gptq(weight, moment, way["bits"], way["group_size"], clips))
+            [squares] = self._inputs([list(plan.after)], squares_of)
+            scale_channels(model, plan.after, squares)
+        portions = in_portions(model, plan.after)
+        nothing: Iterator[dict[str, mx.array]] = ({} for _ in portions)
+        sums = self._inputs(portions, moments_of) if "gptq" in methods else nothing
+        clips, steps = CLIPS if "clip" in methods else CLIPS[:1], count(1)
+        for paths, moments in zip(portions, sums, strict=True):
+            for path in paths:
+                way = plan.after[path]
+                weight = module_at(model, path).weight.astype(types[f"{path}.weight"])
+                moment = moments.get(group_of(path), mx.eye(weight.shape[1]))
+                found = gptq(weight, moment, way["bits"], way["group_size"], clips)
+                put_rounded(model, path, found)
+                self.tell("rounding", next(steps), len(plan.after))
+
+    def _inputs(
+        self, portions: Sequence[Sequence[str]], measure: Measure
+    ) -> Iterator[dict[str, mx.array]]:
+        """See `input_sums`: of one portion of the modules after the other."""
+        steps, total = count(1), len(portions) * len(self.batches)
+        for paths in portions:
+            yield input_sums(
+                self.model, self.batches, paths, measure,
+                lambda: self.tell("inputs", next(steps), total),
+            )  # fmt: skip
+
+
+def in_portions(model: Lfm2VlForConditionalGeneration, paths: Iterable[str]) -> list[list[str]]:
+    """Modules in the order of computation, so many at once as `MOMENTS` bytes have capacity for.
+
+    Vision tower, projector and language model never at once: what comes later is rounded for the
+    inputs that it will have.
+    """
+    groups: dict[str, list[str]] = {}
+    for path in sorted(paths, key=_place):
+        groups.setdefault(group_of(path), []).append(path)
+    portions: list[list[str]] = []
+    stage, left = -1, 0
+    for first, *others in groups.values():
+        nbytes = 4 * int(module_at(model, first).weight.shape[1]) ** 2
+        if nbytes > left or _place(first)[0] != stage:
+            portions.append([])
+            stage, left = _place(first)[0], MOMENTS
+        portions[-1] += [first, *others]
+        left -= nbytes
+    return portions
+
+
+def _place(path: str) -> tuple[int, int]:
+    """Component and layer; the table of embeddings comes last, as it is the head."""
+    parts = path.split(".")
+    stage = ("vision_tower", "multi_modal_projector", "language_model").index(parts[0])
+    return stage, next((int(part) for part in parts if part.isdigit()), LAST)
 
 
 def _weights(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 1024
 DAMPING = 0.1  # of a Hessian, as a share of its mean diagonal
 CLIPS = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)
 
@@ -61,7 +61,7 @@ def plainly(weight: mx.array, bits: int, group_size: int) -> Rounded:
 
 def gptq(
     weight: mx.array,
-    hessian: np.ndarray[Any, Any],
+    hessian: mx.array,
     bits: int,
     group_size: int,
     clips: Sequence[float] = (1.0,),
@@ -73,17 +73,33 @@ def gptq(
 
     Args:
         weight: (rows, columns).
-        hessian: (columns, columns), the sum over inputs x of x·xᵀ.
+        hessian: (columns, columns) float32, the sum over inputs x of x·xᵀ.
         clips: shares of the range of a group; each group takes that which errs least.
     """
-    inverse = _inverse_root(hessian)
+    inverse, importance = _inverse_root(hessian), mx.diag(hessian)
+    starts = range(0, len(weight), ROWS_AT_ONCE)
+    parts = [weight[start : start + ROWS_AT_ONCE] for start in starts]
+    blocks = [_gptq_rows(part, inverse, importance, bits, group_size, clips) for part in parts]
+    codes, scales, biases = (mx.concatenate([*arrays]) for arrays in zip(*blocks, strict=True))
+    return Rounded(codes, scales, biases, bits)
+
+
+def _gptq_rows(
+    weight: mx.array,
+    inverse: np.ndarray[Any, Any],
+    importance: mx.array,
+    bits: int,
+    group_size: int,
+    clips: Sequence[float],
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Codes, scales and biases of some rows, which do not depend on the others."""
     left = np.array(weight.astype(mx.float32))
     codes = np.empty(left.shape, np.uint8)
     scales, biases = [], []
     for start in range(0, left.shape[1], group_size):
         stop = start + group_size
         group = mx.array(left[:, start:stop]).astype(weight.dtype)
-        scale, bias = best_range(group, bits, mx.array(np.diag(hessian)[start:stop]), clips)
+        scale, bias = best_range(group, bits, importance[start:stop], clips)
         scales.append(scale)
         biases.append(bias)
         s, b = (np.array(part.astype(mx.float32))[:, 0] for part in (scale, bias))
@@ -94,16 +110,15 @@ def gptq(
             left[:, i + 1 : stop] -= error[:, None] * inverse[i, i + 1 : stop]
             errors[:, i - start] = error
         left[:, stop:] -= errors @ inverse[start:stop, stop:]
-    return Rounded(
-        mx.array(codes), mx.concatenate(scales, axis=1), mx.concatenate(biases, axis=1), bits
-    )
+    return mx.array(codes), mx.concatenate(scales, axis=1), mx.concatenate(biases, axis=1)
 
 
-def _inverse_root(hessian: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _inverse_root(hessian: mx.array) -> np.ndarray[Any, Any]:
     """The upper Cholesky factor of the inverse, damped: few inputs do not tell all directions."""
-    damped = hessian.astype(np.float64)
-    damped[np.diag_indices(len(damped))] += DAMPING * np.diag(damped).mean() + 1e-12
-    return np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+    damped = hessian + (DAMPING * mx.diag(hessian).mean() + 1e-12) * mx.eye(len(hessian))
+    # with rows and columns in reverse, it is the inverse of the lower factor
+    lower = mx.linalg.cholesky(damped[::-1, ::-1], stream=mx.cpu)
+    return np.array(mx.linalg.tri_inv(lower, stream=mx.cpu)[::-1, ::-1])
 
 
 def best_range(

@@ -7,11 +7,11 @@ https://arxiv.org/abs/2306.00978
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
-import numpy as np
 
 from ..models.lfm2_vl import Lfm2VlForConditionalGeneration
 from .budget import group_of
@@ -47,26 +47,20 @@ def folds(model: Lfm2VlForConditionalGeneration) -> Iterator[Fold]:
 def scale_channels(
     model: Lfm2VlForConditionalGeneration,
     ways: Mapping[str, Mapping[str, Any]],
-    moments: dict[str, np.ndarray[Any, Any]],
+    squares: Mapping[str, mx.array],
 ) -> None:
-    """Scales the channels of all folds in a model of floats, and their moments with them.
+    """Scales the channels of all folds in a model of floats.
 
     Args:
         ways: how each module will be quantized; what is not here stays as it is.
-        moments: sums of x·xᵀ over the inputs x, by group; changed.
+        squares: sums of the squares of the inputs, (inputs,), by group.
     """
     for fold in folds(model):
         linears = [path for path in fold.linears if path in ways]
         if len(linears) < len(fold.linears):
             continue
-        sizes = mx.array(np.diag(moments[group_of(linears[0])]), mx.float32)
-        scale = _best_scale(
-            [(module_at(model, path).weight, ways[path]) for path in linears], sizes
-        )
-        apply_fold(model, fold, scale)
-        inverse = 1 / np.array(scale, np.float64)
-        for group in {group_of(path) for path in linears}:
-            moments[group] = moments[group] * inverse[:, None] * inverse
+        scaled = [(module_at(model, path).weight, ways[path]) for path in linears]
+        apply_fold(model, fold, _best_scale(scaled, squares[group_of(linears[0])]))
 
 
 def apply_fold(model: Lfm2VlForConditionalGeneration, fold: Fold, scale: mx.array) -> None:
@@ -83,7 +77,7 @@ def apply_fold(model: Lfm2VlForConditionalGeneration, fold: Fold, scale: mx.arra
 
 def _best_scale(linears: list[tuple[mx.array, Mapping[str, Any]]], sizes: mx.array) -> mx.array:
     """The power of the inputs' size that leaves the least error of the outputs."""
-    least, best = np.inf, mx.ones_like(sizes)
+    least, best = math.inf, mx.ones_like(sizes)
     lengths = mx.sqrt(sizes / mx.maximum(sizes.mean(), 1e-12) + 1e-4)
     for strength in STRENGTHS:
         scale = lengths**strength

@@ -240,7 +240,7 @@ def _fisher_information(
     for number, batch in enumerate(batches):
         slopes = dict(tree_flatten(gradient(batch, mx.random.key(number))[1]))
         # one after the other: what is not kept is let go as soon as its squares are added
-        for path in reversed([*sizes]):
+        for path in sizes:
             squares = _squares(slopes.pop(f"{path}.weight"), sizes[path]).sum(axis=-1)
             information[path] = information.get(path, 0) + batch.weight * squares
             mx.eval(information[path])

@@ -104,10 +104,10 @@ def estimate_all(
     them. Arguments and errors are those of `estimate`.
     """
     speeds = speeds if speeds is not None else read_speeds(model)
-    found = []
+    found: list[Estimate] = []
     for question in questions:
         plan, shapes, known = question.plan(processor), list[tuple[int, int]](), 0
-        if not found:
+        if len(found) == 0:
             shapes = _shapes(plan, question, None, 0)
         elif isinstance(question.prompt, Prompt) and question.prompt.images:
             known = question.prompt.images[-1].stop
